@@ -1,0 +1,271 @@
+//! Keeps the ledger current from the same watches that feed the view: Kubernetes objects in, ledger events out.
+
+use std::collections::{BTreeMap, HashSet};
+use std::num::NonZeroU32;
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::{Node, Pod};
+use kube::ResourceExt;
+use kube::runtime::watcher;
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::watch;
+
+use super::view::{Hook, Hooks};
+use crate::api::gpu_node::{Gpu, GpuNode};
+use crate::api::gpu_request::{GpuRequest, GpuRequestError, Sharing, gpu_request};
+use crate::api::units::{Bytes, GpuId, NodeName, PodUid};
+use crate::api::{annotations, names};
+use crate::plan::ledger::{Claim, Entry, Event, Fence, GpuFacts, Inventory, Ledger, NodeFacts, PodFacts};
+
+/// The one ledger of the process. Cheap to clone; all clones are one.
+#[derive(Clone, Default)]
+pub struct SharedLedger(Arc<Shared>);
+
+struct Shared {
+    ledger: RwLock<Ledger>,
+    freed: watch::Sender<u64>,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Self {
+            ledger: RwLock::default(),
+            freed: watch::Sender::new(0),
+        }
+    }
+}
+
+impl SharedLedger {
+    /// Looks at it. The closure keeps the lock from being held over an await.
+    pub fn read<R>(&self, look: impl FnOnce(&Ledger) -> R) -> R {
+        look(&self.0.ledger.read())
+    }
+
+    /// Changes it, and tells [`Self::freed`]'s receivers when that made room.
+    pub fn update<R>(&self, change: impl FnOnce(&mut Ledger) -> R) -> R {
+        let (result, freed) = {
+            let mut ledger = self.0.ledger.write();
+            let result = change(&mut ledger);
+            (result, ledger.freed())
+        };
+        self.0.freed.send_if_modified(|known| {
+            // Two writers may come here in the other order.
+            let more = freed > *known;
+            *known = freed.max(*known);
+            more
+        });
+        result
+    }
+
+    /// A copy to try things on: "what if this node were fenced, and its pods had to go elsewhere".
+    #[must_use]
+    pub fn copy(&self) -> Ledger {
+        self.read(Ledger::clone)
+    }
+
+    /// Raised whenever a new pod can have more memory somewhere than before.
+    #[must_use]
+    pub fn freed(&self) -> watch::Receiver<u64> {
+        self.0.freed.subscribe()
+    }
+}
+
+/// An empty ledger, and the hooks that keep it current once they are given to [`super::view::View::start`].
+#[must_use]
+pub fn feed() -> (Hooks, SharedLedger) {
+    let ledger = SharedLedger::default();
+    let hooks = Hooks {
+        pods: Some(hook(ledger.clone(), pod_uid, pod_event, Event::PodGone, |ledger| {
+            ledger.bound_pods().cloned().collect()
+        })),
+        nodes: Some(hook(
+            ledger.clone(),
+            |node: &Node| node_name(node),
+            |node| Some(Event::Node(node_facts(node))),
+            Event::NodeGone,
+            |ledger| ledger.nodes().map(|node| node.name().clone()).collect(),
+        )),
+        gpu_nodes: Some(hook(
+            ledger.clone(),
+            |node: &GpuNode| node_name(node),
+            |node| Some(Event::Inventory(inventory(node))),
+            Event::InventoryGone,
+            |ledger| ledger.nodes().map(|node| node.name().clone()).collect(),
+        )),
+    };
+    (hooks, ledger)
+}
+
+/// One kind's watch events as ledger events. After a full list, whatever the ledger knows and the list does not have is
+/// gone.
+fn hook<K: 'static, Id: std::hash::Hash + Eq + Send + 'static>(
+    ledger: SharedLedger,
+    id: impl Fn(&K) -> Id + Send + Sync + 'static,
+    is: impl Fn(&K) -> Option<Event> + Send + Sync + 'static,
+    gone: impl Fn(Id) -> Event + Send + Sync + 'static,
+    known: impl Fn(&Ledger) -> Vec<Id> + Send + Sync + 'static,
+) -> Hook<K> {
+    let listed: Mutex<HashSet<Id>> = Mutex::default();
+    Box::new(move |event| match event {
+        watcher::Event::Init => listed.lock().clear(),
+        watcher::Event::InitApply(object) => {
+            listed.lock().insert(id(object));
+            if let Some(event) = is(object) {
+                ledger.update(|ledger| ledger.apply(event));
+            }
+        }
+        watcher::Event::InitDone => {
+            let listed = std::mem::take(&mut *listed.lock());
+            ledger.update(|ledger| {
+                for id in known(ledger) {
+                    if !listed.contains(&id) {
+                        ledger.apply(gone(id));
+                    }
+                }
+            });
+        }
+        watcher::Event::Apply(object) => {
+            if let Some(event) = is(object) {
+                ledger.update(|ledger| ledger.apply(event));
+            }
+        }
+        watcher::Event::Delete(object) => ledger.update(|ledger| ledger.apply(gone(id(object)))),
+    })
+}
+
+fn pod_uid(pod: &Pod) -> PodUid {
+    PodUid::from(pod.metadata.uid.as_deref().unwrap_or_default())
+}
+
+fn node_name<K: kube::Resource>(node: &K) -> NodeName {
+    NodeName::from(node.meta().name.as_deref().unwrap_or_default())
+}
+
+/// What the ledger needs of a pod; nothing for one that asks for no GPU memory.
+#[must_use]
+pub fn pod_event(pod: &Pod) -> Option<Event> {
+    let spec = pod.spec.as_ref()?;
+    let request = match gpu_request(spec, pod.metadata.annotations.as_ref()) {
+        Ok(request) => request?,
+        Err(error) => unreadable(pod, &error),
+    };
+    let finished = pod
+        .status
+        .as_ref()
+        .and_then(|status| status.phase.as_deref())
+        .is_some_and(|phase| matches!(phase, "Succeeded" | "Failed"));
+    let claim = claim(pod, &request);
+    if claim.gpus.is_none() && spec.node_name.is_some() && !finished {
+        tracing::warn!(
+            pod = pod.name_any(),
+            namespace = pod.namespace(),
+            node = spec.node_name,
+            "bound by somebody else than Ebb, so its GPU is not known: it counts on every GPU of its node; use \
+             schedulerName {}",
+            names::SCHEDULER
+        );
+    }
+    Some(Event::Pod(PodFacts {
+        entry: entry(pod, claim),
+        node: spec.node_name.as_deref().map(NodeName::from),
+        finished,
+    }))
+}
+
+/// A pod whose request makes no sense, and which somebody bound all the same: it could use anything.
+fn unreadable(pod: &Pod, error: &GpuRequestError) -> GpuRequest {
+    tracing::warn!(pod = pod.name_any(), namespace = pod.namespace(), %error, "unreadable GPU memory request");
+    GpuRequest {
+        gpus: NonZeroU32::MIN,
+        bytes_per_gpu: Bytes::MAX,
+        sharing: Sharing::Exclusive,
+    }
+}
+
+/// A pod's page entry with this claim.
+#[must_use]
+pub fn entry(pod: &Pod, claim: Claim) -> Entry {
+    Entry {
+        uid: pod_uid(pod),
+        namespace: pod.metadata.namespace.as_deref().unwrap_or_default().into(),
+        name: pod.metadata.name.as_deref().unwrap_or_default().into(),
+        claim,
+    }
+}
+
+fn claim(pod: &Pod, request: &GpuRequest) -> Claim {
+    let written = pod.annotations();
+    let bytes = written
+        .get(annotations::GPU_MEMORY_BYTES)
+        .and_then(|text| text.parse().ok());
+    Claim {
+        gpus: written.get(annotations::GPU_DEVICES).map(|text| devices(text)),
+        bytes_per_gpu: bytes.map_or(request.bytes_per_gpu, Bytes),
+        sharing: request.sharing,
+    }
+}
+
+/// The UUIDs in the annotation's value, which are CDI names or bare.
+#[must_use]
+pub fn devices(text: &str) -> Vec<GpuId> {
+    text.split(',')
+        .map(|name| name.rsplit_once('=').map_or(name, |(_, uuid)| uuid).trim())
+        .filter(|uuid| !uuid.is_empty())
+        .map(GpuId::from)
+        .collect()
+}
+
+/// What the ledger needs of a Node.
+#[must_use]
+pub fn node_facts(node: &Node) -> NodeFacts {
+    let spec = node.spec.as_ref();
+    let taints = spec.and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
+    let releasing = taints.iter().any(|taint| taint.key == names::RELEASE_TAINT);
+    let fence = if node.metadata.deletion_timestamp.is_some() {
+        Some(Fence::Deleting)
+    } else if releasing {
+        Some(Fence::Releasing)
+    } else if spec.is_some_and(|spec| spec.unschedulable == Some(true)) {
+        Some(Fence::Cordoned)
+    } else {
+        None
+    };
+    NodeFacts {
+        name: node_name(node),
+        fence,
+    }
+}
+
+/// What the ledger needs of a GpuNode.
+#[must_use]
+pub fn inventory(node: &GpuNode) -> Inventory {
+    let status = node.status.as_ref();
+    let conditions = status.map(|status| status.conditions.as_slice()).unwrap_or_default();
+    let closed = conditions
+        .iter()
+        .find(|condition| condition.type_ == "Ready" && condition.status != "True")
+        .map(|condition| match condition.message.as_str() {
+            "" => condition.reason.as_str().into(),
+            message => message.into(),
+        });
+    Inventory {
+        node: node_name(node),
+        closed,
+        gpus: status
+            .map(|status| status.gpus.iter().map(gpu_facts).collect())
+            .unwrap_or_default(),
+    }
+}
+
+fn gpu_facts(gpu: &Gpu) -> GpuFacts {
+    let why = || gpu.unhealthy_reason.as_deref().unwrap_or("unhealthy");
+    GpuFacts {
+        id: gpu.uuid.clone(),
+        index: gpu.index,
+        usable: gpu.usable(),
+        used: gpu.memory_used,
+        foreign: None,
+        used_by: BTreeMap::new(),
+        closed: (!gpu.healthy).then(|| why().into()),
+    }
+}
