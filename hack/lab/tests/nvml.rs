@@ -40,10 +40,9 @@ fn nvml_wrapper_loads_it() {
 #[test]
 #[ignore = "run by nvml_wrapper_loads_it, which sets up its environment"]
 fn inside() {
-    let (case, path) = (
-        std::env::var("CASE").unwrap(),
-        std::env::var(STATE_ENV).unwrap(),
-    );
+    let (Ok(case), Ok(path)) = (std::env::var("CASE"), std::env::var(STATE_ENV)) else {
+        return;
+    };
     let _ = std::fs::remove_file(&path);
     let (_, run) = CASES.iter().find(|(name, _)| *name == case).unwrap();
     run(Path::new(&path));
