@@ -148,6 +148,8 @@ fn ready(observed: &Observation, status: &GpuNodeStatus, known: &GpuNodeStatus, 
         .iter()
         .find(|condition| condition.type_ == "Ready");
     let since = before.filter(|condition| condition.status == value);
+    // The API keeps whole seconds: anything finer would come back different from what was sent.
+    let now = Timestamp::from_second(now.as_second()).unwrap_or(now);
     Condition {
         type_: "Ready".to_owned(),
         status: value.to_owned(),

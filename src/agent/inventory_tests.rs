@@ -118,6 +118,14 @@ fn without_a_driver_all_cards_are_unhealthy_and_remembered() {
 }
 
 #[test]
+fn what_the_api_server_gives_back_is_settled() {
+    let now = at(2) + jiff::SignedDuration::from_nanos(123_456_789);
+    let sent = status(&reading(vec![Ok(gpu("a"))]), &GpuNodeStatus::default(), now);
+    let kept: GpuNodeStatus = serde_json::from_value(serde_json::to_value(&sent).unwrap()).unwrap();
+    assert_eq!(change(&sent, Some(&kept)), None);
+}
+
+#[test]
 fn unknown_is_not_zero() {
     let unknown = |processes| GpuReading {
         memory_used: None,

@@ -26,8 +26,8 @@ use futures::StreamExt;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
-use kube::Client;
 use kube::runtime::{WatchStreamExt, watcher::watch_object};
+use kube::{Client, ResourceExt};
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
@@ -130,17 +130,35 @@ fn read_on_a_thread(
     Ok(receiver)
 }
 
-/// What a watch of one object has shown.
+/// What is known of one object.
 enum Seen<K> {
     NotYet,
     Gone,
     There(Box<K>),
 }
 
-impl<K> From<Option<K>> for Seen<K> {
-    fn from(object: Option<K>) -> Self {
-        object.map_or(Self::Gone, |object| Self::There(Box::new(object)))
+impl<K: ResourceExt> Seen<K> {
+    /// Takes what a watch or the answer to a write says. A watch runs behind one's own writes: what it tells of an
+    /// older version of the same object is left aside, or every write would be undone here and done again.
+    fn learn(&mut self, object: Option<K>) {
+        let Some(object) = object else {
+            *self = Self::Gone;
+            return;
+        };
+        if let Self::There(held) = &self
+            && held.uid() == object.uid()
+            && let (Some(held), Some(told)) = (version(held.as_ref()), version(&object))
+            && told < held
+        {
+            return;
+        }
+        *self = Self::There(Box::new(object));
     }
+}
+
+/// Resource versions of one kind are comparable as numbers.
+fn version(object: &impl ResourceExt) -> Option<u128> {
+    object.resource_version()?.parse().ok()
 }
 
 /// The loop's state.
@@ -193,11 +211,11 @@ impl Agent {
             tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
                 Some(event) = nodes.next() => match event {
-                    Ok(node) => self.node = node.into(),
+                    Ok(node) => self.node.learn(node),
                     Err(error) => self.watch_failed("its Node", &error),
                 },
                 Some(event) = gpu_nodes.next() => match event {
-                    Ok(gpu_node) => self.gpu_node = gpu_node.into(),
+                    Ok(gpu_node) => self.gpu_node.learn(gpu_node),
                     Err(error) => self.watch_failed("its GpuNode", &error),
                 },
                 changed = observed.changed() => {
@@ -308,7 +326,7 @@ impl Agent {
         match written {
             Ok(gpu_node) => {
                 tracing::info!(reason = change.reason, "inventory published");
-                self.gpu_node = Some(gpu_node).into();
+                self.gpu_node.learn(Some(gpu_node));
                 Ok(None)
             }
             Err(error) => {
@@ -339,7 +357,7 @@ impl Agent {
         match written {
             Ok(node) => {
                 tracing::info!(reason, bytes = wanted.0, "the Node's {GPU_MEMORY} written");
-                self.node = Some(node).into();
+                self.node.learn(Some(node));
                 Ok(None)
             }
             Err(error) => Err(format!("cannot write the Node's {GPU_MEMORY}: {error}")),
