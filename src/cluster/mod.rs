@@ -1,0 +1,4 @@
+//! Kubernetes objects in and out of `plan`'s types: reflectors and writes.
+
+pub mod view;
+pub mod workloads;

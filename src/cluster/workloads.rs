@@ -1,0 +1,133 @@
+//! Deployments and StatefulSets as one: what Ebb needs to know of a workload, whichever kind it is.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::apps::v1::{Deployment, StatefulSet};
+use k8s_openapi::api::core::v1::{PodTemplateSpec, Service};
+use kube::ResourceExt;
+
+use crate::api::annotations;
+use crate::api::settings::{SettingError, Settings};
+use crate::api::units::Replicas;
+use crate::api::workload::{WorkloadKind, WorkloadRef};
+use crate::plan::gating::{Labels, ServiceFacts};
+
+/// A workload as the cluster has it now.
+#[derive(Clone, Debug)]
+pub struct Workload {
+    /// Kind, namespace, name.
+    pub reference: WorkloadRef,
+    /// Its UID, for Events.
+    pub uid: String,
+    /// The version these facts were read at, for conditional writes.
+    pub resource_version: String,
+    /// `spec.replicas`; absent means 1, as Kubernetes says.
+    pub replicas: Replicas,
+    /// `status.readyReplicas`.
+    pub ready_replicas: Replicas,
+    /// Whether the controller has rolled the newest template out everywhere.
+    pub rollout_complete: bool,
+    /// When it was created, milliseconds since the epoch.
+    pub created_ms: i64,
+    /// Its annotations.
+    pub annotations: BTreeMap<String, String>,
+    /// Its pod template.
+    pub template: PodTemplateSpec,
+    /// What it runs by; `None` when not managed.
+    pub settings: Result<Option<Settings>, SettingError>,
+}
+
+impl Workload {
+    /// Labels that its pods carry.
+    #[must_use]
+    pub fn template_labels(&self) -> Labels {
+        self.template
+            .metadata
+            .as_ref()
+            .and_then(|m| m.labels.clone())
+            .unwrap_or_default()
+    }
+
+    /// Its settings, if it is managed and they can be read.
+    #[must_use]
+    pub fn managed(&self) -> Option<&Settings> {
+        self.settings.as_ref().ok().and_then(Option::as_ref)
+    }
+}
+
+/// An object that is a workload.
+pub trait IntoWorkload {
+    /// Its facts. Missing parts of a half-made object become empty or zero, as Kubernetes defaults them.
+    fn workload(&self) -> Workload;
+}
+
+fn replicas(count: Option<i32>) -> Replicas {
+    Replicas(count.unwrap_or(0).try_into().unwrap_or(0))
+}
+
+fn created_ms(time: Option<k8s_openapi::apimachinery::pkg::apis::meta::v1::Time>) -> i64 {
+    time.map_or(0, |time| time.0.as_millisecond())
+}
+
+impl IntoWorkload for Deployment {
+    fn workload(&self) -> Workload {
+        let spec = self.spec.clone().unwrap_or_default();
+        let status = self.status.clone().unwrap_or_default();
+        let desired = spec.replicas.unwrap_or(1);
+        Workload {
+            reference: WorkloadRef {
+                kind: WorkloadKind::Deployment,
+                namespace: self.namespace().unwrap_or_default(),
+                name: self.name_any(),
+            },
+            uid: self.uid().unwrap_or_default(),
+            resource_version: self.resource_version().unwrap_or_default(),
+            replicas: replicas(Some(desired)),
+            ready_replicas: replicas(status.ready_replicas),
+            rollout_complete: status.observed_generation >= self.metadata.generation
+                && status.updated_replicas.unwrap_or(0) >= desired
+                && status.replicas.unwrap_or(0) <= status.updated_replicas.unwrap_or(0),
+            created_ms: created_ms(self.metadata.creation_timestamp.clone()),
+            annotations: self.annotations().clone(),
+            settings: Settings::read(self.annotations()),
+            template: spec.template,
+        }
+    }
+}
+
+impl IntoWorkload for StatefulSet {
+    fn workload(&self) -> Workload {
+        let spec = self.spec.clone().unwrap_or_default();
+        let status = self.status.clone().unwrap_or_default();
+        let desired = spec.replicas.unwrap_or(1);
+        Workload {
+            reference: WorkloadRef {
+                kind: WorkloadKind::StatefulSet,
+                namespace: self.namespace().unwrap_or_default(),
+                name: self.name_any(),
+            },
+            uid: self.uid().unwrap_or_default(),
+            resource_version: self.resource_version().unwrap_or_default(),
+            replicas: replicas(Some(desired)),
+            ready_replicas: replicas(status.ready_replicas),
+            rollout_complete: status.observed_generation >= self.metadata.generation
+                && status.current_revision == status.update_revision,
+            created_ms: created_ms(self.metadata.creation_timestamp.clone()),
+            annotations: self.annotations().clone(),
+            settings: Settings::read(self.annotations()),
+            template: spec.template,
+        }
+    }
+}
+
+/// What `plan::gating` needs of a Service.
+#[must_use]
+pub fn service_facts(service: &Service) -> ServiceFacts<'_> {
+    let spec = service.spec.as_ref();
+    ServiceFacts {
+        headless: spec.is_some_and(|s| s.cluster_ip.as_deref() == Some("None")),
+        external_name: spec.is_some_and(|s| s.type_.as_deref() == Some("ExternalName")),
+        selector: spec.and_then(|s| s.selector.as_ref()),
+        mode: service.annotations().get(annotations::MODE).map(String::as_str),
+    }
+}

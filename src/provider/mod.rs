@@ -1,0 +1,1 @@
+//! Who adds and removes nodes: one trait, one file each.

@@ -1,0 +1,1 @@
+//! Admission: what is written on workloads, pods and Services, and what is refused.
