@@ -6,8 +6,7 @@ use std::path::PathBuf;
 fn main() {
     println!("cargo:rerun-if-changed=nvml/nvml.c");
     println!("cargo:rerun-if-changed=nvml/nvml.map");
-    let out =
-        PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR for build scripts"));
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR for build scripts"));
     // A folder of its own: it is put in front of LD_LIBRARY_PATH, where nothing else may be found.
     let dir = out.join("nvml");
     std::fs::create_dir_all(&dir).expect("OUT_DIR is writable");

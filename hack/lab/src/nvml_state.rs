@@ -166,12 +166,11 @@ impl State {
     /// When it cannot be read or makes no sense.
     pub fn load(path: &Path) -> Result<Self, StateError> {
         let text = fs::read_to_string(path).map_err(|source| io_error(path, source))?;
-        text.parse()
-            .map_err(|Damage { line, why }| StateError::Damaged {
-                path: path.to_owned(),
-                line,
-                why,
-            })
+        text.parse().map_err(|Damage { line, why }| StateError::Damaged {
+            path: path.to_owned(),
+            line,
+            why,
+        })
     }
 
     /// Replaces the file, whatever it held. For a node that comes up; everyone else uses [`State::update`].
@@ -269,8 +268,8 @@ impl State {
     fn replace(&self, path: &Path) -> Result<(), StateError> {
         // One name is enough: the lock is held.
         let temporary = beside(path, ".new");
-        let written = File::create(&temporary)
-            .and_then(|mut file| file.write_all(self.to_string().as_bytes()));
+        let written =
+            File::create(&temporary).and_then(|mut file| file.write_all(self.to_string().as_bytes()));
         written
             .and_then(|()| fs::rename(&temporary, path))
             .map_err(|source| io_error(path, source))
@@ -476,10 +475,7 @@ impl fmt::Display for State {
             ..
         } in &self.devices
         {
-            writeln!(
-                f,
-                "device {index} {uuid} {total} {reserved} {health} {name}"
-            )?;
+            writeln!(f, "device {index} {uuid} {total} {reserved} {health} {name}")?;
         }
         for Device {
             uuid,

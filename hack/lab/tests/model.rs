@@ -252,10 +252,7 @@ fn streams_token_by_token() {
         parsed[0]["choices"][0]["delta"],
         json!({"role": "assistant", "content": "the"})
     );
-    assert_eq!(
-        parsed[1]["choices"][0]["delta"],
-        json!({"content": " tide"})
-    );
+    assert_eq!(parsed[1]["choices"][0]["delta"], json!({"content": " tide"}));
     assert_eq!(parsed[6]["choices"][0]["finish_reason"], Value::Null);
     assert_eq!(parsed[7]["choices"][0]["finish_reason"], "length");
     assert_eq!(parsed[8]["usage"]["completion_tokens"], 8);
@@ -379,11 +376,7 @@ fn gpus(dir: &tempfile::TempDir) -> (PathBuf, Vec<String>) {
     state.create(&path).unwrap();
     (
         path,
-        state
-            .devices
-            .into_iter()
-            .map(|device| device.uuid)
-            .collect(),
+        state.devices.into_iter().map(|device| device.uuid).collect(),
     )
 }
 
@@ -477,11 +470,7 @@ fn without_a_gpu_it_says_so() {
         assert_eq!(code, Some(1));
         assert!(errors.contains("No CUDA GPUs are available"), "{errors}");
     }
-    let (code, errors) = Server::start(
-        &["--gpu-memory-utilization", "$(EBB_GPU_MEMORY_SHARE)"],
-        &[],
-    )
-    .end();
+    let (code, errors) = Server::start(&["--gpu-memory-utilization", "$(EBB_GPU_MEMORY_SHARE)"], &[]).end();
     assert_eq!(code, Some(2));
     assert!(errors.contains("is that variable set?"), "{errors}");
 }
@@ -492,10 +481,7 @@ fn crash_loading() {
     let address = server.address;
     let (code, errors) = server.end();
     assert_eq!(code, Some(1));
-    assert!(
-        errors.contains("Engine core initialization failed"),
-        "{errors}"
-    );
+    assert!(errors.contains("Engine core initialization failed"), "{errors}");
     assert!(TcpStream::connect(address).is_err());
 }
 

@@ -83,10 +83,7 @@ fn reads_devices(path: &Path) {
         let pci = device.pci_info().unwrap();
         assert_eq!(pci.bus_id, format!("00000000:{:02X}:00.0", 0x10 + index));
         assert_eq!(
-            nvml.device_by_pci_bus_id(pci.bus_id)
-                .unwrap()
-                .index()
-                .unwrap(),
+            nvml.device_by_pci_bus_id(pci.bus_id).unwrap().index().unwrap(),
             expected.index
         );
         let found = nvml.device_by_uuid(expected.uuid.as_str()).unwrap();
@@ -99,10 +96,7 @@ fn reads_devices(path: &Path) {
         ));
         assert!(device.is_in_persistent_mode().unwrap());
     }
-    assert!(matches!(
-        nvml.device_by_index(2),
-        Err(NvmlError::InvalidArg)
-    ));
+    assert!(matches!(nvml.device_by_index(2), Err(NvmlError::InvalidArg)));
     assert!(matches!(
         nvml.device_by_uuid("GPU-none"),
         Err(NvmlError::NotFound)
@@ -200,10 +194,7 @@ fn no_driver_then_driver(path: &Path) {
     let nvml = Nvml::init().unwrap();
     let device = nvml.device_by_index(0).unwrap();
     State::update(path, |state| state.driver = None).unwrap();
-    assert!(matches!(
-        nvml.device_count(),
-        Err(NvmlError::DriverNotLoaded)
-    ));
+    assert!(matches!(nvml.device_count(), Err(NvmlError::DriverNotLoaded)));
     assert!(matches!(device.uuid(), Err(NvmlError::DriverNotLoaded)));
 }
 
@@ -291,11 +282,7 @@ fn xid_is_an_event(path: &Path) {
     for (uuid, code) in [(0, 63), (1, 79)] {
         let event = set.wait(1000).unwrap();
         assert_eq!(event.event_type, EventTypes::CRITICAL_XID_ERROR);
-        assert_eq!(
-            event.event_data,
-            Some(XidError::Value(code)),
-            "device {uuid}"
-        );
+        assert_eq!(event.event_data, Some(XidError::Value(code)), "device {uuid}");
     }
     assert!(matches!(set.wait(0), Err(NvmlError::Timeout)));
     assert!(device.memory_info().is_ok());

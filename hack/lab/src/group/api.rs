@@ -89,10 +89,7 @@ impl Group {
     /// # Errors
     /// When the group is full or the node cannot register.
     pub async fn add_now(&self) -> anyhow::Result<String> {
-        let request = format!(
-            "initial-{}",
-            lock(&self.inner.books).ledger.members().len() + 1
-        );
+        let request = format!("initial-{}", lock(&self.inner.books).ledger.members().len() + 1);
         let Asked::Boot(name) = lock(&self.inner.books).ledger.ask(&request) else {
             anyhow::bail!("the group has {} nodes already", self.inner.spec.max);
         };
@@ -137,8 +134,7 @@ impl Inner {
             ..self.spec.template.clone()
         };
         spec.labels.extend(labels);
-        spec.labels
-            .insert(GROUP_LABEL.to_owned(), self.spec.name.clone());
+        spec.labels.insert(GROUP_LABEL.to_owned(), self.spec.name.clone());
         spec
     }
 
@@ -165,9 +161,7 @@ impl Inner {
                 Ok(()) => inner.take_away(name).await,
                 Err(error) => {
                     tracing::warn!(node = name, error = format!("{error:#}"), "booting a node");
-                    inner
-                        .journal
-                        .write(json!({"event": "boot-failed", "node": name}));
+                    inner.journal.write(json!({"event": "boot-failed", "node": name}));
                 }
             }
         });
@@ -175,11 +169,7 @@ impl Inner {
 
     async fn take_away(&self, name: String) {
         if let Err(error) = self.nodes.remove(&name).await {
-            tracing::warn!(
-                node = name,
-                error = format!("{error:#}"),
-                "taking a node away"
-            );
+            tracing::warn!(node = name, error = format!("{error:#}"), "taking a node away");
         }
         lock(&self.books).ledger.gone(&name);
         self.journal.write(json!({"event": "gone", "node": name}));
@@ -200,10 +190,7 @@ async fn ask(State(group): State<Group>, Json(ask): Json<Ask>) -> Response {
     let response = if let Some(wrong) = inner.wrong_group(&ask.group) {
         wrong
     } else if ask.request_id.is_empty() {
-        answer(
-            StatusCode::BAD_REQUEST,
-            json!({"reason": "requestId is empty"}),
-        )
+        answer(StatusCode::BAD_REQUEST, json!({"reason": "requestId is empty"}))
     } else {
         let mut books = lock(&inner.books);
         if books.failure == Failure::Stockout {
@@ -221,8 +208,7 @@ async fn ask(State(group): State<Group>, Json(ask): Json<Ask>) -> Response {
                 ),
                 Asked::Boot(name) => {
                     if books.failure == Failure::None {
-                        let boot =
-                            tokio::spawn(Arc::clone(inner).boot(name.clone(), ask.labels.clone()));
+                        let boot = tokio::spawn(Arc::clone(inner).boot(name.clone(), ask.labels.clone()));
                         books.boots.insert(name, AbortOnDropHandle::new(boot));
                     }
                     accepted
@@ -245,14 +231,16 @@ async fn list(State(group): State<Group>, Query(query): Query<InGroup>) -> Respo
             .ledger
             .members()
             .iter()
-            .map(|(name, member)| json!({"name": name, "state": member.state, "requestId": member.request_id}))
+            .map(
+                |(name, member)| json!({"name": name, "state": member.state, "requestId": member.request_id}),
+            )
             .collect();
         answer(StatusCode::OK, json!({"nodes": nodes}))
     });
     let status = response.status().as_u16();
-    inner.journal.write(
-        json!({"method": "GET", "path": "/v1/nodes", "group": query.group, "status": status}),
-    );
+    inner
+        .journal
+        .write(json!({"method": "GET", "path": "/v1/nodes", "group": query.group, "status": status}));
     response
 }
 

@@ -34,9 +34,7 @@ impl Journal {
     /// Writes `fields` with the time in front.
     pub fn write(&self, fields: Value) {
         let Some(file) = &self.file else { return };
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let mut line = json!({"unix_ms": u64::try_from(now.as_millis()).unwrap_or(u64::MAX)});
         if let (Some(line), Value::Object(fields)) = (line.as_object_mut(), fields) {
             line.extend(fields);

@@ -120,8 +120,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         failure: args.fail,
     };
     node::runtime()?.block_on(async move {
-        let nodes =
-            Arc::new(Nodes::start(node::client(&args.common.kubeconfig).await?, options).await?);
+        let nodes = Arc::new(Nodes::start(node::client(&args.common.kubeconfig).await?, options).await?);
         let listener = tokio::net::TcpListener::bind(args.listen).await;
         let listener = listener.with_context(|| format!("listening on {}", args.listen))?;
         let group = Group::start(Arc::clone(&nodes), spec)?;
@@ -153,9 +152,7 @@ fn labels(texts: &[String]) -> anyhow::Result<BTreeMap<String, String>> {
 /// Reads `3s`, `500ms`, `2m` or a number of seconds.
 fn duration(text: &str) -> Result<Duration, String> {
     let bad = || format!("{text:?} is no time: write for example 3s, 500ms or 2m");
-    let end = text
-        .find(|c: char| c.is_ascii_alphabetic())
-        .unwrap_or(text.len());
+    let end = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
     let (number, unit) = text.split_at(end);
     let factor = match unit {
         "ms" => 0.001,

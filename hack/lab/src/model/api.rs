@@ -158,15 +158,10 @@ fn delay(headers: &HeaderMap) -> Option<Duration> {
     Some(Duration::from_millis(text.parse().ok()?).min(MAX_DELAY))
 }
 
-#[allow(
-    clippy::result_large_err,
-    reason = "the refusal is the answer, made once"
-)]
+#[allow(clippy::result_large_err, reason = "the refusal is the answer, made once")]
 fn plan(kind: Kind, served: &str, body: &[u8]) -> Result<(Plan, bool), Response> {
-    let bad =
-        |message: &str, param| error(StatusCode::BAD_REQUEST, "BadRequestError", message, param);
-    let ask: Ask =
-        serde_json::from_slice(body).map_err(|e| bad(&format!("Invalid JSON body: {e}"), None))?;
+    let bad = |message: &str, param| error(StatusCode::BAD_REQUEST, "BadRequestError", message, param);
+    let ask: Ask = serde_json::from_slice(body).map_err(|e| bad(&format!("Invalid JSON body: {e}"), None))?;
     if let Some(model) = ask.model.as_deref().filter(|model| *model != served) {
         let message = format!("The model `{model}` does not exist.");
         return Err(error(
@@ -213,9 +208,7 @@ fn plan(kind: Kind, served: &str, body: &[u8]) -> Result<(Plan, bool), Response>
         prompt_tokens,
         tokens,
         finish,
-        include_usage: ask
-            .stream_options
-            .is_some_and(|options| options.include_usage),
+        include_usage: ask.stream_options.is_some_and(|options| options.include_usage),
     };
     Ok((plan, ask.stream.unwrap_or(false)))
 }
@@ -237,11 +230,7 @@ fn count_tokens(value: &Value) -> u64 {
 
 fn id(kind: Kind) -> String {
     static NEXT: AtomicU64 = AtomicU64::new(0);
-    let prefix = if kind == Kind::Chat {
-        "chatcmpl"
-    } else {
-        "cmpl"
-    };
+    let prefix = if kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
     format!(
         "{prefix}-{:x}-{:x}",
         std::process::id(),
@@ -358,8 +347,7 @@ fn events(plan: Plan, running: Running) -> impl Stream<Item = io::Result<Bytes>>
                     }
                     running.token().await;
                     let last = place + 1 == plan.tokens;
-                    let chunk =
-                        plan.chunk(Plan::token(place), place == 0, last.then_some(plan.finish));
+                    let chunk = plan.chunk(Plan::token(place), place == 0, last.then_some(plan.finish));
                     if last {
                         running.finish(plan.finish);
                         let next = if plan.include_usage {

@@ -53,8 +53,8 @@ impl Wanted {
         match memory {
             Some(Memory::Bytes(bytes)) => Ok(Self::Bytes(bytes)),
             Some(Memory::Share) => {
-                let share = env("EBB_GPU_MEMORY_SHARE")
-                    .context("--memory share needs EBB_GPU_MEMORY_SHARE")?;
+                let share =
+                    env("EBB_GPU_MEMORY_SHARE").context("--memory share needs EBB_GPU_MEMORY_SHARE")?;
                 super::fraction(&share)
                     .map(Self::Fraction)
                     .map_err(anyhow::Error::msg)
@@ -97,10 +97,7 @@ pub(super) struct Held {
 
 impl Held {
     /// Takes the memory on all GPUs or on none.
-    pub(super) fn take(
-        wanted: Wanted,
-        env: impl Fn(&str) -> Option<String>,
-    ) -> anyhow::Result<Self> {
+    pub(super) fn take(wanted: Wanted, env: impl Fn(&str) -> Option<String>) -> anyhow::Result<Self> {
         let visible = Visible::parse(&env("NVIDIA_VISIBLE_DEVICES").unwrap_or_default());
         let state = env(STATE_ENV).map(PathBuf::from);
         let (Some(state), false) = (state, visible == Visible::Nothing) else {
@@ -136,11 +133,7 @@ impl Drop for Held {
     }
 }
 
-fn take_all(
-    state: &mut State,
-    visible: &Visible,
-    wanted: Wanted,
-) -> anyhow::Result<Vec<(String, u64)>> {
+fn take_all(state: &mut State, visible: &Visible, wanted: Wanted) -> anyhow::Result<Vec<(String, u64)>> {
     let devices = visible.of(state);
     if devices.is_empty() {
         bail!("RuntimeError: No CUDA GPUs are available");
@@ -189,12 +182,7 @@ impl Visible {
             "all" => Self::All,
             list => Self::These(
                 list.split(',')
-                    .map(|name| {
-                        name.rsplit_once('=')
-                            .map_or(name, |(_, id)| id)
-                            .trim()
-                            .to_owned()
-                    })
+                    .map(|name| name.rsplit_once('=').map_or(name, |(_, id)| id).trim().to_owned())
                     .collect(),
             ),
         }
@@ -254,9 +242,7 @@ fn bytes(text: &str) -> Result<u64, String> {
         "Gi" => 1 << 30,
         "Ti" => 1_u64 << 40,
         _ => {
-            return Err(format!(
-                "{text}: bytes, or a figure with k M G T Ki Mi Gi Ti"
-            ));
+            return Err(format!("{text}: bytes, or a figure with k M G T Ki Mi Gi Ti"));
         }
     };
     if let Ok(whole) = number.parse::<u64>() {
@@ -266,9 +252,7 @@ fn bytes(text: &str) -> Result<u64, String> {
     }
     match number.parse::<f64>() {
         Ok(value) if value < 1e6 => Ok(part(factor, value)),
-        _ => Err(format!(
-            "{text}: bytes, or a figure with k M G T Ki Mi Gi Ti"
-        )),
+        _ => Err(format!("{text}: bytes, or a figure with k M G T Ki Mi Gi Ti")),
     }
 }
 
@@ -310,15 +294,9 @@ mod tests {
 
     #[test]
     fn utilization_wins_then_memory_then_ebb_then_vllm() {
-        let env = of(&[
-            ("EBB_GPU_MEMORY_BYTES", "1024"),
-            ("EBB_GPU_MEMORY_SHARE", "0.25"),
-        ]);
+        let env = of(&[("EBB_GPU_MEMORY_BYTES", "1024"), ("EBB_GPU_MEMORY_SHARE", "0.25")]);
         let choose = |utilization, memory| Wanted::choose(utilization, memory, &env).unwrap();
-        assert_eq!(
-            choose(Some(0.5), Some(Memory::Bytes(7))),
-            Wanted::Fraction(0.5)
-        );
+        assert_eq!(choose(Some(0.5), Some(Memory::Bytes(7))), Wanted::Fraction(0.5));
         assert_eq!(choose(None, Some(Memory::Bytes(7))), Wanted::Bytes(7));
         assert_eq!(choose(None, Some(Memory::Share)), Wanted::Fraction(0.25));
         assert_eq!(choose(None, None), Wanted::Bytes(1024));
@@ -345,9 +323,7 @@ mod tests {
         assert_eq!(uuids("2,0"), [2, 0]);
         let (a, b) = (&state.devices[1].uuid, &state.devices[2].uuid);
         assert_eq!(
-            uuids(&format!(
-                "runtime.nvidia.com/gpu={a},runtime.nvidia.com/gpu={b}"
-            )),
+            uuids(&format!("runtime.nvidia.com/gpu={a},runtime.nvidia.com/gpu={b}")),
             [1, 2]
         );
         assert_eq!(uuids(b), [2]);

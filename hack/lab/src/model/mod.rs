@@ -47,12 +47,7 @@ pub struct Args {
     #[arg(long, env = "MODEL_GPU_MEMORY_UTILIZATION", value_parser = fraction)]
     gpu_memory_utilization: Option<f64>,
     /// What the port does while the model loads: `closed` refuses connections, `503` answers them.
-    #[arg(
-        long,
-        env = "MODEL_WHILE_LOADING",
-        value_enum,
-        default_value = "closed"
-    )]
+    #[arg(long, env = "MODEL_WHILE_LOADING", value_enum, default_value = "closed")]
     while_loading: WhileLoading,
     /// Tokens a second, for each request.
     #[arg(long, env = "MODEL_TOKEN_RATE", default_value = "50", value_parser = rate)]
@@ -113,9 +108,7 @@ fn duration(text: &str) -> Result<Duration, String> {
     if let Ok(seconds) = text.parse() {
         return Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string());
     }
-    let parsed: jiff::SignedDuration = text
-        .parse()
-        .map_err(|error: jiff::Error| error.to_string())?;
+    let parsed: jiff::SignedDuration = text.parse().map_err(|error: jiff::Error| error.to_string())?;
     parsed
         .try_into()
         .map_err(|_| "a duration is not negative".to_owned())
@@ -125,9 +118,7 @@ fn fraction(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
         // The kubelet leaves `$(NAME)` as it is when the container has no such variable.
-        _ if text.starts_with("$(") => Err(format!(
-            "invalid float value: '{text}': is that variable set?"
-        )),
+        _ if text.starts_with("$(") => Err(format!("invalid float value: '{text}': is that variable set?")),
         _ => Err(format!(
             "GPU memory utilization must be over 0 and at most 1.0. Got {text}."
         )),
@@ -143,11 +134,9 @@ fn rate(text: &str) -> Result<f64, String> {
 
 /// What Ebb and the node put into the environment, for tests and for people who look.
 fn environment() -> Value {
-    let told = |name: &str| {
-        name.starts_with("EBB_") || name.starts_with("POD_") || name.starts_with("NVIDIA_")
-    };
-    let vars = std::env::vars()
-        .filter(|(name, _)| told(name) || name == "NODE_NAME" || name == "HOSTNAME");
+    let told =
+        |name: &str| name.starts_with("EBB_") || name.starts_with("POD_") || name.starts_with("NVIDIA_");
+    let vars = std::env::vars().filter(|(name, _)| told(name) || name == "NODE_NAME" || name == "HOSTNAME");
     vars.map(|(name, value)| (name, Value::String(value)))
         .collect::<serde_json::Map<_, _>>()
         .into()
@@ -155,9 +144,7 @@ fn environment() -> Value {
 
 /// One line of the server's own log. Nobody may be reading it any more: that is no reason to stop.
 fn log(event: &str, mut fields: Value) {
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     fields["event"] = event.into();
     fields["unix_ms"] = u64::try_from(now.as_millis()).unwrap_or(u64::MAX).into();
     let mut out = std::io::stdout().lock();

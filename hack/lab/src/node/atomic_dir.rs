@@ -16,8 +16,7 @@ pub type Payload = BTreeMap<String, (Vec<u8>, u32)>;
 pub fn write(dir: &Path, payload: &Payload) -> io::Result<()> {
     let inside = |path: &str| {
         let path = Path::new(path);
-        path.components()
-            .all(|part| matches!(part, Component::Normal(_)))
+        path.components().all(|part| matches!(part, Component::Normal(_)))
             && path.components().next().is_some()
     };
     if let Some(path) = payload.keys().find(|path| !inside(path)) {
@@ -29,10 +28,7 @@ pub fn write(dir: &Path, payload: &Payload) -> io::Result<()> {
     std::fs::create_dir_all(dir)?;
     let data = dir.join("..data");
     let before = std::fs::read_link(&data).ok();
-    let fresh = tempfile::Builder::new()
-        .prefix("..")
-        .tempdir_in(dir)?
-        .keep();
+    let fresh = tempfile::Builder::new().prefix("..").tempdir_in(dir)?.keep();
     std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o755))?;
     for (path, (content, mode)) in payload {
         let file = fresh.join(path);
@@ -45,10 +41,7 @@ pub fn write(dir: &Path, payload: &Payload) -> io::Result<()> {
     let _ = std::fs::remove_file(&next);
     symlink(name, &next)?;
     std::fs::rename(&next, &data)?;
-    let visible: BTreeSet<&str> = payload
-        .keys()
-        .filter_map(|path| path.split('/').next())
-        .collect();
+    let visible: BTreeSet<&str> = payload.keys().filter_map(|path| path.split('/').next()).collect();
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;
         let name = entry.file_name();
@@ -86,10 +79,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         write(dir.path(), &payload(&[("a", "1"), ("sub/b", "2")])).unwrap();
         let first = std::fs::canonicalize(dir.path().join("a")).unwrap();
-        assert_eq!(
-            std::fs::read_to_string(dir.path().join("sub/b")).unwrap(),
-            "2"
-        );
+        assert_eq!(std::fs::read_to_string(dir.path().join("sub/b")).unwrap(), "2");
         write(dir.path(), &payload(&[("a", "3"), ("c", "4")])).unwrap();
         assert_eq!(std::fs::read_to_string(dir.path().join("a")).unwrap(), "3");
         assert!(!dir.path().join("sub").exists() && !first.exists());
@@ -104,10 +94,7 @@ mod tests {
     fn adversarial_paths_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         for path in ["../x", "/etc/x", "a/../../x", ""] {
-            assert!(
-                write(dir.path(), &payload(&[(path, "")])).is_err(),
-                "{path}"
-            );
+            assert!(write(dir.path(), &payload(&[(path, "")])).is_err(), "{path}");
         }
     }
 }

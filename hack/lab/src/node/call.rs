@@ -41,8 +41,7 @@ pub fn port(container: &Container, port: &IntOrString) -> Result<u16, String> {
 
 async fn connect(host: &str, port: u16) -> Result<TcpStream, String> {
     let stream = TcpStream::connect((host, port)).await;
-    let stream =
-        stream.map_err(|error| format!("dial tcp {host}:{port}: connect: {}", plain(&error)))?;
+    let stream = stream.map_err(|error| format!("dial tcp {host}:{port}: connect: {}", plain(&error)))?;
     let _ = stream.set_nodelay(true);
     Ok(stream)
 }
@@ -67,11 +66,7 @@ pub async fn tcp(host: &str, port: u16) -> Result<(), String> {
 ///
 /// # Errors
 /// In the kubelet's words.
-pub async fn http(
-    container: &Container,
-    pod_ip: &str,
-    action: &HTTPGetAction,
-) -> Result<(), String> {
+pub async fn http(container: &Container, pod_ip: &str, action: &HTTPGetAction) -> Result<(), String> {
     let port = port(container, &action.port)?;
     let host = action
         .host
@@ -87,10 +82,7 @@ pub async fn http(
         path if path.starts_with('/') => path.to_owned(),
         path => format!("/{path}"),
     };
-    let url = format!(
-        "{}://{host}:{port}{path}",
-        if tls { "https" } else { "http" }
-    );
+    let url = format!("{}://{host}:{port}{path}", if tls { "https" } else { "http" });
     let failed = |error: String| format!("Get {url:?}: {error}");
     let mut request = hyper::Request::get(&path).header(hyper::header::CONNECTION, "close");
     let mut has = (false, false, false);
@@ -137,8 +129,7 @@ async fn get<S>(stream: S, request: hyper::Request<Empty<Bytes>>) -> hyper::Resu
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let answer = async move {
         let response = sender.send_request(request).await?;
         Ok(response.status().as_u16())
@@ -180,12 +171,7 @@ pub async fn grpc(host: &str, port: u16, service: &str) -> Result<(), String> {
         .body(Full::new(Bytes::from(body)))
         .map_err(|e| e.to_string())?;
     let response = sender.send_request(request).await.map_err(text)?;
-    let body = response
-        .into_body()
-        .collect()
-        .await
-        .map_err(text)?
-        .to_bytes();
+    let body = response.into_body().collect().await.map_err(text)?.to_bytes();
     drop(connection);
     // HealthCheckResponse { ServingStatus status = 1 }, and SERVING is 1.
     match body.get(5..) {
@@ -197,9 +183,7 @@ pub async fn grpc(host: &str, port: u16, service: &str) -> Result<(), String> {
 /// A probe believes any certificate, as the kubelet's does: it asks for life, not for identity.
 fn any_certificate() -> Result<Arc<rustls::ClientConfig>, String> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let schemes = provider
-        .signature_verification_algorithms
-        .supported_schemes();
+    let schemes = provider.signature_verification_algorithms.supported_schemes();
     let config = rustls::ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .map_err(|e| e.to_string())?
@@ -288,9 +272,7 @@ mod tests {
                 && asked.contains("kube-probe/")
         );
         let (port, _asked) = answer("503 Service Unavailable").await;
-        let error = http(&container, "127.0.0.1", &action(port))
-            .await
-            .unwrap_err();
+        let error = http(&container, "127.0.0.1", &action(port)).await.unwrap_err();
         assert_eq!(error, "HTTP probe failed with statuscode: 503");
     }
 

@@ -9,8 +9,7 @@ use super::runtime::{Launch, Runtime, image_environment};
 use super::status::waiting;
 use super::{environment, images, probes, volumes};
 use k8s_openapi::api::core::v1::{
-    Container, ContainerState, ContainerStateRunning, ContainerStateTerminated, ObjectReference,
-    Probe,
+    Container, ContainerState, ContainerStateRunning, ContainerStateTerminated, ObjectReference, Probe,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
@@ -222,17 +221,11 @@ impl Runner {
             if !self.pause(Duration::from_secs(1)).await {
                 return None;
             }
-            self.event(
-                "Normal",
-                "BackOff",
-                format!("Back-off pulling image {image:?}"),
-            );
+            self.event("Normal", "BackOff", format!("Back-off pulling image {image:?}"));
             self.event("Warning", "Failed", "Error: ImagePullBackOff".to_owned());
             self.waits(
                 "ImagePullBackOff",
-                Some(format!(
-                    "Back-off pulling image {image:?}: ErrImagePull: {error}"
-                )),
+                Some(format!("Back-off pulling image {image:?}: ErrImagePull: {error}")),
             );
             if !self.pause(pause).await {
                 return None;
@@ -298,7 +291,7 @@ impl Runner {
         self.event("Normal", "Started", "Container started".to_owned());
         let status = self.supervise(&mut running, &instance).await;
         let _ = std::fs::remove_file(self.cx.dir.join(format!("{}.pid", self.container.name)));
-        self.cx.node.forget_dead_gpu_processes();
+        self.cx.node.forget_dead_gpu_processes().await;
         let (code, signal) = exit_code(status);
         let reason = if code == 0 { "Completed" } else { "Error" };
         let message = (code != 0).then(|| self.last_words()).flatten();
@@ -307,13 +300,11 @@ impl Runner {
 
     async fn environment(&self) -> Result<BTreeMap<String, String>, String> {
         let services = self.cx.services().await;
-        let objects =
-            environment::fetch(&self.cx.runtime.client, &self.cx.namespace, &self.container);
+        let objects = environment::fetch(&self.cx.runtime.client, &self.cx.namespace, &self.container);
         let objects = objects.await.map_err(|error| error.to_string())?;
         // The pod as it is now: the scheduler's annotations came with the binding.
         let pod = self.cx.latest();
-        let mut env =
-            environment::resolve(&pod, &self.container, &self.cx.facts, &services, &objects)?;
+        let mut env = environment::resolve(&pod, &self.container, &self.cx.facts, &services, &objects)?;
         image_environment(&mut env, &self.cx.hostname());
         self.cx
             .runtime
@@ -635,11 +626,7 @@ async fn judge(
 }
 
 /// Runs the readiness probe for as long as the process lives, its termination included.
-async fn readiness(
-    cx: Arc<PodContext>,
-    instance: Arc<Instance>,
-    mut started: watch::Receiver<bool>,
-) {
+async fn readiness(cx: Arc<PodContext>, instance: Arc<Instance>, mut started: watch::Receiver<bool>) {
     let Some(probe) = &instance.container.readiness_probe else {
         return;
     };

@@ -20,11 +20,7 @@ pub struct Objects {
 ///
 /// # Errors
 /// Says why the API server did not answer; an object that does not exist is no error here.
-pub async fn fetch(
-    client: &Client,
-    namespace: &str,
-    container: &Container,
-) -> kube::Result<Objects> {
+pub async fn fetch(client: &Client, namespace: &str, container: &Container) -> kube::Result<Objects> {
     let mut config_maps = BTreeSet::new();
     let mut secrets = BTreeSet::new();
     for from in container.env_from.iter().flatten() {
@@ -82,12 +78,7 @@ pub fn resolve(
     for from in container.env_from.iter().flatten() {
         let prefix = from.prefix.as_deref().unwrap_or("");
         let (data, kind, name, optional) = if let Some(r) = &from.config_map_ref {
-            (
-                objects.config_maps.get(&r.name),
-                "configmap",
-                &r.name,
-                r.optional,
-            )
+            (objects.config_maps.get(&r.name), "configmap", &r.name, r.optional)
         } else if let Some(r) = &from.secret_ref {
             (objects.secrets.get(&r.name), "secret", &r.name, r.optional)
         } else {
@@ -116,40 +107,37 @@ pub fn resolve(
             } else if let Some(selector) = &source.resource_field_ref {
                 fields::resource(pod, facts, Some(container), selector)?
             } else {
-                let (data, kind, title, name, key, optional) =
-                    if let Some(r) = &source.config_map_key_ref {
-                        (
-                            objects.config_maps.get(&r.name),
-                            "configmap",
-                            "ConfigMap",
-                            &r.name,
-                            &r.key,
-                            r.optional,
-                        )
-                    } else if let Some(r) = &source.secret_key_ref {
-                        (
-                            objects.secrets.get(&r.name),
-                            "secret",
-                            "Secret",
-                            &r.name,
-                            &r.key,
-                            r.optional,
-                        )
-                    } else {
-                        return Err(format!(
-                            "the source of env {} is not supported by this node",
-                            var.name
-                        ));
-                    };
+                let (data, kind, title, name, key, optional) = if let Some(r) = &source.config_map_key_ref {
+                    (
+                        objects.config_maps.get(&r.name),
+                        "configmap",
+                        "ConfigMap",
+                        &r.name,
+                        &r.key,
+                        r.optional,
+                    )
+                } else if let Some(r) = &source.secret_key_ref {
+                    (
+                        objects.secrets.get(&r.name),
+                        "secret",
+                        "Secret",
+                        &r.name,
+                        &r.key,
+                        r.optional,
+                    )
+                } else {
+                    return Err(format!(
+                        "the source of env {} is not supported by this node",
+                        var.name
+                    ));
+                };
                 let found = data.and_then(Option::as_ref);
                 match found.map(|data| data.get(key)) {
                     Some(Some(value)) => value.clone(),
                     _ if optional == Some(true) => continue,
                     None => return Err(format!("{kind} {name:?} not found")),
                     Some(None) => {
-                        return Err(format!(
-                            "couldn't find key {key} in {title} {namespace}/{name}"
-                        ));
+                        return Err(format!("couldn't find key {key} in {title} {namespace}/{name}"));
                     }
                 }
             }
@@ -180,10 +168,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn run(
-        container: serde_json::Value,
-        objects: &Objects,
-    ) -> Result<BTreeMap<String, String>, String> {
+    fn run(container: serde_json::Value, objects: &Objects) -> Result<BTreeMap<String, String>, String> {
         let pod: Pod = serde_json::from_value(json!({
             "metadata": {"name": "p", "namespace": "n", "annotations": {"ebb.dev/gpu-devices": "runtime.nvidia.com/gpu=GPU-1"}},
             "spec": {"containers": [container.clone()]}
@@ -212,16 +197,10 @@ mod tests {
         .unwrap();
         assert_eq!(env["LATE"], "$(IP)");
         assert_eq!(env["LISTEN"], "10.77.1.2:8000");
-        assert_eq!(
-            env["NVIDIA_VISIBLE_DEVICES"],
-            "runtime.nvidia.com/gpu=GPU-1"
-        );
+        assert_eq!(env["NVIDIA_VISIBLE_DEVICES"], "runtime.nvidia.com/gpu=GPU-1");
         assert_eq!(env["EMPTY"], "");
         assert_eq!(
-            expand_all(
-                Some(&vec!["--listen=$(LISTEN)".into(), "$$(IP)".into()]),
-                &env
-            ),
+            expand_all(Some(&vec!["--listen=$(LISTEN)".into(), "$$(IP)".into()]), &env),
             ["--listen=10.77.1.2:8000", "$(IP)"]
         );
     }

@@ -177,9 +177,7 @@ mod tests {
     #[test]
     fn one_object_cannot_flood() {
         let mut memory = Memory::default();
-        let allowed = (0..100)
-            .filter(|_| memory.allow("a", Instant::now()))
-            .count();
+        let allowed = (0..100).filter(|_| memory.allow("a", Instant::now())).count();
         assert_eq!(allowed, 25);
         assert!(memory.allow("b", Instant::now()));
         assert!(memory.allow("a", Instant::now() + REFILL));

@@ -67,12 +67,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("asking to end with the node")?;
     let mut command = match (args.plan, args.join) {
         (Some(path), _) => {
-            let text =
-                std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-            enter(
-                &serde_json::from_slice(&text)
-                    .with_context(|| format!("reading {}", path.display()))?,
-            )?
+            let text = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+            enter(&serde_json::from_slice(&text).with_context(|| format!("reading {}", path.display()))?)?
         }
         (None, Some(pid)) => join(pid, &args.command)?,
         (None, None) => anyhow::bail!("node-exec needs --plan or --join"),
@@ -100,8 +96,7 @@ fn enter(plan: &Plan) -> anyhow::Result<std::process::Command> {
     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS)
         .context("no mount namespace of its own: run inside hack/isolate or as root")?;
     let none = None::<&str>;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
-        .context("making mounts private")?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("making mounts private")?;
     if let Some(hostname) = &plan.hostname {
         std::fs::write("/proc/sys/kernel/hostname", hostname).context("setting the hostname")?;
     }
@@ -141,8 +136,7 @@ fn enter(plan: &Plan) -> anyhow::Result<std::process::Command> {
             })
             .with_context(|| format!("making {} read-only", entry.target.display()))?;
     }
-    std::env::set_current_dir(&plan.cwd)
-        .with_context(|| format!("entering {}", plan.cwd.display()))?;
+    std::env::set_current_dir(&plan.cwd).with_context(|| format!("entering {}", plan.cwd.display()))?;
     let mut command = std::process::Command::new(&plan.program);
     command.args(&plan.args);
     Ok(command)
@@ -261,8 +255,7 @@ fn shadow(dir: &Path, staging: &Path) -> anyhow::Result<()> {
         nix::unistd::chroot(".").context("changing the root")?;
         std::env::set_current_dir("/")?;
     } else {
-        mount(Some(staging), dir, none, MsFlags::MS_MOVE, none)
-            .context("moving the folder into place")?;
+        mount(Some(staging), dir, none, MsFlags::MS_MOVE, none).context("moving the folder into place")?;
     }
     Ok(())
 }

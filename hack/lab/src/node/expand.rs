@@ -11,10 +11,7 @@ pub fn expand<'v>(input: &str, lookup: impl Fn(&str) -> Option<&'v str>) -> Stri
         if let Some(tail) = after.strip_prefix('$') {
             out.push('$');
             rest = tail;
-        } else if let Some((name, tail)) = after
-            .strip_prefix('(')
-            .and_then(|inner| inner.split_once(')'))
-        {
+        } else if let Some((name, tail)) = after.strip_prefix('(').and_then(|inner| inner.split_once(')')) {
             match lookup(name) {
                 Some(value) => out.push_str(value),
                 None => {

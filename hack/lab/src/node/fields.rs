@@ -22,17 +22,10 @@ pub struct NodeFacts {
 ///
 /// # Errors
 /// Names a path that the kubelet does not support either.
-pub fn field(
-    pod: &Pod,
-    facts: &NodeFacts,
-    selector: &ObjectFieldSelector,
-) -> Result<String, String> {
+pub fn field(pod: &Pod, facts: &NodeFacts, selector: &ObjectFieldSelector) -> Result<String, String> {
     let path = selector.field_path.as_str();
     let spec = pod.spec.as_ref();
-    if let Some((map, key)) = path
-        .strip_suffix("']")
-        .and_then(|rest| rest.split_once("['"))
-    {
+    if let Some((map, key)) = path.strip_suffix("']").and_then(|rest| rest.split_once("['")) {
         let map = match map {
             "metadata.annotations" => pod.annotations(),
             "metadata.labels" => pod.labels(),
@@ -66,11 +59,7 @@ pub fn resource(
     own: Option<&Container>,
     selector: &ResourceFieldSelector,
 ) -> Result<String, String> {
-    let container = match selector
-        .container_name
-        .as_deref()
-        .filter(|name| !name.is_empty())
-    {
+    let container = match selector.container_name.as_deref().filter(|name| !name.is_empty()) {
         Some(name) => pod
             .spec
             .iter()
@@ -85,17 +74,12 @@ pub fn resource(
     };
     let unsupported = || format!("unsupported container resource: {}", selector.resource);
     let (kind, name) = selector.resource.split_once('.').ok_or_else(unsupported)?;
-    let wanted = container
-        .resources
-        .as_ref()
-        .and_then(|resources| match kind {
-            "limits" => resources.limits.as_ref()?.get(name),
-            _ => resources.requests.as_ref()?.get(name),
-        });
+    let wanted = container.resources.as_ref().and_then(|resources| match kind {
+        "limits" => resources.limits.as_ref()?.get(name),
+        _ => resources.requests.as_ref()?.get(name),
+    });
     let value = match (kind, name, wanted) {
-        ("limits" | "requests", "cpu" | "memory" | "ephemeral-storage", Some(quantity)) => {
-            quantity.0.clone()
-        }
+        ("limits" | "requests", "cpu" | "memory" | "ephemeral-storage", Some(quantity)) => quantity.0.clone(),
         // A container without a limit may use the whole node.
         ("limits", "cpu", None) => facts.cpu.clone(),
         ("limits", "memory", None) => facts.memory.clone(),
@@ -175,7 +159,10 @@ mod tests {
     fn resources_round_up_and_default_to_the_node() {
         let pod = pod();
         let ask = |container: &str, what: &str, divisor: &str| {
-            let selector = serde_json::from_value(serde_json::json!({"containerName": container, "resource": what, "divisor": divisor})).unwrap();
+            let selector = serde_json::from_value(
+                serde_json::json!({"containerName": container, "resource": what, "divisor": divisor}),
+            )
+            .unwrap();
             resource(&pod, &facts(), None, &selector)
         };
         assert_eq!(ask("c", "limits.cpu", "0").unwrap(), "2");

@@ -57,11 +57,7 @@ impl Images {
 ///
 /// # Errors
 /// The runtime's message for a command that is not there.
-pub fn command_line(
-    program: &Path,
-    command: &[String],
-    args: &[String],
-) -> Result<CommandLine, String> {
+pub fn command_line(program: &Path, command: &[String], args: &[String]) -> Result<CommandLine, String> {
     let Some((first, rest)) = command.split_first() else {
         return Ok(CommandLine {
             program: program.to_owned(),
@@ -83,8 +79,7 @@ pub fn command_line(
             .map(|dir| dir.join(first))
             .find(|path| path.is_file())
     };
-    let program =
-        found.ok_or_else(|| format!("exec: {first:?}: executable file not found in $PATH"))?;
+    let program = found.ok_or_else(|| format!("exec: {first:?}: executable file not found in $PATH"))?;
     Ok(CommandLine {
         program,
         args: rest.iter().chain(args).cloned().collect(),

@@ -2,6 +2,7 @@
 
 use super::lock;
 use super::spec::NodeSpec;
+use crate::nvml_state::State;
 use k8s_openapi::api::core::v1::Pod;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -93,19 +94,19 @@ impl Machine {
     pub fn give_address(&self, ip: &str) {
         let mut inner = lock(&self.inner);
         inner.pods = inner.pods.saturating_sub(1);
-        if let Some(byte) = ip
-            .rsplit('.')
-            .next()
-            .and_then(|byte| byte.parse::<u8>().ok())
-        {
+        if let Some(byte) = ip.rsplit('.').next().and_then(|byte| byte.parse::<u8>().ok()) {
             inner.used.remove(&byte);
         }
     }
 
     /// Frees the GPU memory of processes that are dead, as a driver does.
-    pub fn forget_dead_gpu_processes(&self) {
-        let Some(file) = &self.state_file else { return };
-        if let Err(error) = super::gpus::forget_dead(file) {
+    pub async fn forget_dead_gpu_processes(&self) {
+        let Some(file) = self.state_file.clone() else {
+            return;
+        };
+        // The file has a lock that a model server may hold for a moment.
+        let update = tokio::task::spawn_blocking(move || State::update(&file, State::forget_dead));
+        if let Ok(Err(error)) = update.await {
             tracing::warn!(node = self.spec.name, %error, "updating the GPU state");
         }
     }
@@ -151,9 +152,6 @@ mod tests {
             None,
         );
         machine.take_address(&Pod::default()).unwrap();
-        assert_eq!(
-            machine.take_address(&Pod::default()).unwrap_err().0,
-            "OutOfpods"
-        );
+        assert_eq!(machine.take_address(&Pod::default()).unwrap_err().0, "OutOfpods");
     }
 }

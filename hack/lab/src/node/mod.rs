@@ -18,7 +18,6 @@ mod events;
 pub mod exec;
 mod expand;
 mod fields;
-mod gpus;
 pub mod images;
 mod machine;
 pub mod nodes;
@@ -57,7 +56,7 @@ pub struct Common {
     /// The program that stands for a container image; may be repeated.
     #[arg(long = "image", value_name = "NAME=PATH")]
     pub images: Vec<String>,
-    /// Folder of libnvidia-ml.so.1 (default: that of this program).
+    /// Folder of libnvidia-ml.so.1 (default: the one built with this program).
     #[arg(long, value_name = "DIR")]
     pub libraries: Option<PathBuf>,
     /// First pause of a crash loop, in seconds.
@@ -138,8 +137,7 @@ pub async fn client(kubeconfig: &Path) -> anyhow::Result<kube::Client> {
     let file = kube::config::Kubeconfig::read_from(kubeconfig)
         .with_context(|| format!("reading {}", kubeconfig.display()))?;
     let config =
-        kube::Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default())
-            .await?;
+        kube::Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default()).await?;
     Ok(kube::Client::try_from(config)?)
 }
 
@@ -148,10 +146,7 @@ pub async fn client(kubeconfig: &Path) -> anyhow::Result<kube::Client> {
 /// # Errors
 /// When the handlers cannot be set.
 pub async fn stopped() -> anyhow::Result<()> {
-    let (mut term, mut int) = (
-        signal(SignalKind::terminate())?,
-        signal(SignalKind::interrupt())?,
-    );
+    let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
         _ = term.recv() => {}
         _ = int.recv() => {}
@@ -167,8 +162,8 @@ pub(crate) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 }
 
 pub(crate) fn logs() {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| "info,kube=warn".into());
+    let filter =
+        tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info,kube=warn".into());
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

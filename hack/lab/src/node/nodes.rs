@@ -6,7 +6,7 @@ use super::pod::{self, Known};
 use super::process::Launcher;
 use super::runtime::{Options, Runtime};
 use super::spec::NodeSpec;
-use super::{events, gpus, lock, registration, services};
+use super::{events, lock, registration, services};
 use anyhow::Context as _;
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::Pod;
@@ -54,8 +54,7 @@ impl Nodes {
     /// # Errors
     /// When the folder cannot be made or no thread started.
     pub async fn start(client: Client, options: Options) -> anyhow::Result<Self> {
-        std::fs::create_dir_all(&options.dir)
-            .with_context(|| format!("making {}", options.dir.display()))?;
+        std::fs::create_dir_all(&options.dir).with_context(|| format!("making {}", options.dir.display()))?;
         let options = Options {
             dir: options.dir.canonicalize()?,
             ..options
@@ -121,8 +120,10 @@ impl Nodes {
                 .join(&name)
                 .join("nvml.state")
         });
-        if let (Some(file), Some(state)) = (&state_file, spec.nvml_state()) {
-            gpus::create(file, &state).with_context(|| format!("writing {}", file.display()))?;
+        if let (Some(file), Some(state)) = (&state_file, spec.gpu_state()) {
+            state
+                .create(file)
+                .with_context(|| format!("writing {}", file.display()))?;
         }
         let machine = Arc::new(Machine::new(spec, index, state_file));
         let images = self.images().clone();
@@ -131,9 +132,7 @@ impl Nodes {
             .with_context(|| format!("registering node {name}"))?;
         let heart = {
             let (client, machine) = (self.runtime.client.clone(), Arc::clone(&machine));
-            tokio::spawn(
-                async move { registration::heartbeat(client, &machine, &images, &uid).await },
-            )
+            tokio::spawn(async move { registration::heartbeat(client, &machine, &images, &uid).await })
         };
         let up = Up {
             machine: Arc::clone(&machine),
@@ -195,6 +194,7 @@ impl Nodes {
         let _ = forgotten.await;
         up.machine.pods.close();
         up.machine.pods.wait().await;
+        up.machine.forget_dead_gpu_processes().await;
         Ok(())
     }
 
@@ -262,10 +262,7 @@ impl Dispatcher {
             Command::Added(machine) => {
                 let name = machine.spec.name.clone();
                 self.machines.insert(name.clone(), machine);
-                let waiting = self
-                    .bound
-                    .values()
-                    .filter(|pod| node_of(pod) == Some(&name));
+                let waiting = self.bound.values().filter(|pod| node_of(pod) == Some(&name));
                 let waiting: Vec<_> = waiting.cloned().collect();
                 waiting.into_iter().for_each(|pod| self.apply(pod));
             }
@@ -286,11 +283,9 @@ impl Dispatcher {
             worker.known.send_modify(|known| known.pod = pod);
         } else if let Some(machine) = self.machines.get(&node) {
             let (known, receiver) = watch::channel(Known { pod, gone: false });
-            machine.pods.spawn(pod::run(
-                Arc::clone(&self.runtime),
-                Arc::clone(machine),
-                receiver,
-            ));
+            machine
+                .pods
+                .spawn(pod::run(Arc::clone(&self.runtime), Arc::clone(machine), receiver));
             self.workers.insert(uid, Worker { node, known });
         }
     }

@@ -75,11 +75,7 @@ impl PodContext {
     /// The pod's restart policy.
     pub fn restart_policy(&self) -> &'static str {
         let pod = self.latest();
-        match pod
-            .spec
-            .as_ref()
-            .and_then(|spec| spec.restart_policy.as_deref())
-        {
+        match pod.spec.as_ref().and_then(|spec| spec.restart_policy.as_deref()) {
             Some("Never") => "Never",
             Some("OnFailure") => "OnFailure",
             _ => "Always",
@@ -93,21 +89,13 @@ impl PodContext {
             .spec
             .as_ref()
             .and_then(|spec| spec.termination_grace_period_seconds);
-        let seconds = pod
-            .metadata
-            .deletion_grace_period_seconds
-            .or(own)
-            .unwrap_or(30);
+        let seconds = pod.metadata.deletion_grace_period_seconds.or(own).unwrap_or(30);
         Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
     }
 
     /// Whether it has the node's address.
     pub fn host_network(&self) -> bool {
-        self.latest()
-            .spec
-            .as_ref()
-            .and_then(|spec| spec.host_network)
-            == Some(true)
+        self.latest().spec.as_ref().and_then(|spec| spec.host_network) == Some(true)
     }
 
     /// The hostname its containers see.
@@ -153,10 +141,7 @@ impl PodContext {
             let Some(status) = view.container(&instance.container.name) else {
                 return false;
             };
-            let on = status
-                .state
-                .as_ref()
-                .is_some_and(|state| state.running.is_some());
+            let on = status.state.as_ref().is_some_and(|state| state.running.is_some());
             if !on || status.container_id.as_ref() != Some(&instance.id) {
                 return false;
             }
@@ -183,9 +168,7 @@ impl PodContext {
 pub async fn run(runtime: Arc<Runtime>, node: Arc<Machine>, known: watch::Receiver<Known>) {
     let pod = Arc::clone(&known.borrow().pod);
     let terminal = matches!(
-        pod.status
-            .as_ref()
-            .and_then(|status| status.phase.as_deref()),
+        pod.status.as_ref().and_then(|status| status.phase.as_deref()),
         Some("Succeeded" | "Failed")
     );
     let power = node.power.clone();
@@ -233,10 +216,7 @@ fn context(
         .into_iter()
         .flatten()
     {
-        if let Some(status) = view
-            .container(&old.name)
-            .filter(|_| old.container_id.is_some())
-        {
+        if let Some(status) = view.container(&old.name).filter(|_| old.container_id.is_some()) {
             status.restart_count = old.restart_count + 1;
         }
     }
@@ -305,20 +285,11 @@ async fn wait_for_deletion_and_delete(runtime: &Runtime, mut known: watch::Recei
     }
 }
 
-async fn live(
-    runtime: Arc<Runtime>,
-    node: Arc<Machine>,
-    known: watch::Receiver<Known>,
-    ip: String,
-) {
+async fn live(runtime: Arc<Runtime>, node: Arc<Machine>, known: watch::Receiver<Known>, ip: String) {
     let cx = context(Arc::clone(&runtime), node, known.clone(), ip);
     let finish = CancellationToken::new();
-    let reporter =
-        AbortOnDropHandle::new(tokio::spawn(report::run(Arc::clone(&cx), finish.clone())));
-    let (main, sidecars) = (
-        watch::Sender::new(Order::Run),
-        watch::Sender::new(Order::Run),
-    );
+    let reporter = AbortOnDropHandle::new(tokio::spawn(report::run(Arc::clone(&cx), finish.clone())));
+    let (main, sidecars) = (watch::Sender::new(Order::Run), watch::Sender::new(Order::Run));
     let mut known = known;
     {
         let containers = containers(Arc::clone(&cx), &main, &sidecars);
@@ -405,11 +376,7 @@ async fn orders(cx: &PodContext, known: &mut watch::Receiver<Known>, main: &watc
 }
 
 /// Sets the pod up and runs its containers until none is left.
-async fn containers(
-    cx: Arc<PodContext>,
-    main: &watch::Sender<Order>,
-    sidecars: &watch::Sender<Order>,
-) {
+async fn containers(cx: Arc<PodContext>, main: &watch::Sender<Order>, sidecars: &watch::Sender<Order>) {
     let pod = cx.latest();
     let Some(spec) = pod.spec.clone() else { return };
     let mut stop = main.subscribe();

@@ -161,14 +161,9 @@ async fn once(instance: &Instance, probe: &Probe, timeout: Duration) -> Result<(
                 .unwrap_or(&instance.pod_ip);
             call::tcp(host, call::port(&instance.container, &action.port)?).await
         } else if let Some(action) = &probe.grpc {
-            let port = u16::try_from(action.port)
-                .map_err(|_| format!("invalid port number: {}", action.port))?;
-            call::grpc(
-                &instance.pod_ip,
-                port,
-                action.service.as_deref().unwrap_or(""),
-            )
-            .await
+            let port =
+                u16::try_from(action.port).map_err(|_| format!("invalid port number: {}", action.port))?;
+            call::grpc(&instance.pod_ip, port, action.service.as_deref().unwrap_or("")).await
         } else {
             Err("missing probe handler".to_owned())
         }
@@ -224,16 +219,7 @@ mod tests {
             .into();
         assert_eq!(
             verdicts,
-            [
-                None,
-                None,
-                None,
-                Some(true),
-                None,
-                None,
-                Some(false),
-                Some(false)
-            ]
+            [None, None, None, Some(true), None, None, Some(false), Some(false)]
         );
     }
 
@@ -260,10 +246,7 @@ mod tests {
     fn only_a_young_node_spreads_its_probes() {
         let timing = Timing::new(&Probe::default());
         assert_eq!(timing.jitter(Duration::from_secs(60), 0.9), Duration::ZERO);
-        assert_eq!(
-            timing.jitter(Duration::from_secs(1), 0.5),
-            Duration::from_secs(5)
-        );
+        assert_eq!(timing.jitter(Duration::from_secs(1), 0.5), Duration::from_secs(5));
     }
 
     proptest! {

@@ -145,9 +145,7 @@ mod tests {
 
     fn shell(script: &str) -> Command {
         let mut command = Command::new("/bin/sh");
-        command
-            .args(["-c", script])
-            .stdin(std::process::Stdio::null());
+        command.args(["-c", script]).stdin(std::process::Stdio::null());
         command
     }
 

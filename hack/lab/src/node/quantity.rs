@@ -70,11 +70,7 @@ pub fn bytes(text: &str) -> Result<u64, String> {
 /// Divides and rounds away from zero, for a positive divisor.
 pub fn ceil_div(value: i128, by: i128) -> i128 {
     let quotient = value / by;
-    if value % by > 0 {
-        quotient + 1
-    } else {
-        quotient
-    }
+    if value % by > 0 { quotient + 1 } else { quotient }
 }
 
 #[cfg(test)]

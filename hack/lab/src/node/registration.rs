@@ -60,10 +60,7 @@ pub async fn deregister(client: &Client, name: &str) -> kube::Result<()> {
     let leases: Api<Lease> = Api::namespaced(client.clone(), LEASES);
     for result in [
         nodes.delete(name, &DeleteParams::default()).await.map(drop),
-        leases
-            .delete(name, &DeleteParams::default())
-            .await
-            .map(drop),
+        leases.delete(name, &DeleteParams::default()).await.map(drop),
     ] {
         match result {
             Err(kube::Error::Api(status)) if status.code == 404 => {}
@@ -122,8 +119,7 @@ fn is_ready(node: &Node) -> bool {
 async fn renew(client: &Client, name: &str, uid: &str) -> kube::Result<()> {
     let api: Api<Lease> = Api::namespaced(client.clone(), LEASES);
     let now = MicroTime(Timestamp::now());
-    let patch =
-        json!({"spec": {"renewTime": now, "holderIdentity": name, "leaseDurationSeconds": 40}});
+    let patch = json!({"spec": {"renewTime": now, "holderIdentity": name, "leaseDurationSeconds": 40}});
     match api
         .patch(name, &PatchParams::default(), &Patch::Merge(patch))
         .await
@@ -255,10 +251,9 @@ mod tests {
     #[test]
     fn a_node_that_comes_back_zeroes_what_it_does_not_know() {
         let mut existing = Node::default();
-        let capacity = serde_json::from_value(
-            json!({"ebb.dev/gpu-memory": "48Gi", "cpu": "1", "hugepages-2Mi": "0"}),
-        )
-        .unwrap();
+        let capacity =
+            serde_json::from_value(json!({"ebb.dev/gpu-memory": "48Gi", "cpu": "1", "hugepages-2Mi": "0"}))
+                .unwrap();
         existing.status = Some(k8s_openapi::api::core::v1::NodeStatus {
             capacity: Some(capacity),
             ..Default::default()

@@ -90,12 +90,8 @@ impl Writer {
             return Ok(Sync::Gone);
         }
         let view = cx.view.borrow().clone();
-        let (status, conditions) = status::patch(
-            &cx.latest(),
-            &view,
-            &self.conditions,
-            &Time(Timestamp::now()),
-        );
+        let (status, conditions) =
+            status::patch(&cx.latest(), &view, &self.conditions, &Time(Timestamp::now()));
         if status == self.written {
             return Ok(Sync::Done);
         }
@@ -111,9 +107,7 @@ impl Writer {
                 self.conditions = conditions;
                 Ok(Sync::Done)
             }
-            Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => {
-                Ok(Sync::Gone)
-            }
+            Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => Ok(Sync::Gone),
             Err(error) => Err(error),
         }
     }

@@ -7,6 +7,7 @@ use super::exec::{Mount, Plan};
 use super::images::{self, CommandLine, Images};
 use super::process::{Launcher, PATH, Running};
 use super::services::Table;
+use crate::nvml_state;
 use k8s_openapi::api::core::v1::LifecycleHandler;
 use kube::Client;
 use std::collections::BTreeMap;
@@ -48,7 +49,7 @@ impl Options {
     /// When the `lab` program cannot be found.
     pub fn new(dir: impl Into<PathBuf>, images: Images) -> anyhow::Result<Self> {
         let lab = lab_program()?;
-        let libraries = lab.parent().unwrap_or(Path::new("/")).to_owned();
+        let libraries = nvml_state::library_dir().to_owned();
         Ok(Self {
             dir: dir.into(),
             images,
@@ -174,8 +175,7 @@ impl Runtime {
         command: &[String],
         limit: usize,
     ) -> io::Result<(ExitStatus, String)> {
-        let line =
-            images::command_line(&instance.program, command, &[]).map_err(io::Error::other)?;
+        let line = images::command_line(&instance.program, command, &[]).map_err(io::Error::other)?;
         let (reader, writer) = io::pipe()?;
         let mut process = Command::new(&self.options.lab);
         process
@@ -224,10 +224,7 @@ impl Runtime {
         } else if let Some(action) = &handler.http_get {
             call::http(&instance.container, &instance.pod_ip, action).await
         } else if let Some(sleep) = &handler.sleep {
-            tokio::time::sleep(Duration::from_secs(
-                u64::try_from(sleep.seconds).unwrap_or(0),
-            ))
-            .await;
+            tokio::time::sleep(Duration::from_secs(u64::try_from(sleep.seconds).unwrap_or(0))).await;
             Ok(())
         } else {
             Ok(())
@@ -249,7 +246,7 @@ impl Runtime {
         };
         env.insert("LD_LIBRARY_PATH".to_owned(), path);
         env.insert(
-            "EBB_LAB_NVML_STATE".to_owned(),
+            nvml_state::STATE_ENV.to_owned(),
             state.to_string_lossy().into_owned(),
         );
     }
@@ -258,7 +255,6 @@ impl Runtime {
 /// What every image brings, under what the container sets itself.
 pub fn image_environment(env: &mut BTreeMap<String, String>, hostname: &str) {
     for (name, value) in [("PATH", PATH), ("HOME", "/root"), ("HOSTNAME", hostname)] {
-        env.entry(name.to_owned())
-            .or_insert_with(|| value.to_owned());
+        env.entry(name.to_owned()).or_insert_with(|| value.to_owned());
     }
 }

@@ -27,12 +27,7 @@ pub struct ServiceEntry {
 pub type Table = Arc<Vec<ServiceEntry>>;
 
 /// Follows the cluster's Services; the receiver holds `None` until the first list is complete.
-pub fn follow(
-    client: Client,
-) -> (
-    watch::Receiver<Option<Table>>,
-    impl Future<Output = ()> + Send,
-) {
+pub fn follow(client: Client) -> (watch::Receiver<Option<Table>>, impl Future<Output = ()> + Send) {
     let (sender, receiver) = watch::channel(None);
     let task = async move {
         let api: Api<Service> = Api::all(client);
@@ -131,11 +126,7 @@ pub fn hosts(table: &[ServiceEntry], namespace: &str, hostname: &str, ip: &str) 
 
 /// The variables that tell a container of `namespace` about Services; without `links`
 /// only about the API server.
-pub fn environment(
-    table: &[ServiceEntry],
-    namespace: &str,
-    links: bool,
-) -> BTreeMap<String, String> {
+pub fn environment(table: &[ServiceEntry], namespace: &str, links: bool) -> BTreeMap<String, String> {
     let mut env = BTreeMap::new();
     let master = table
         .iter()
@@ -196,7 +187,9 @@ mod tests {
         let text = hosts(&table(), "ml", "chat-0", "10.77.1.2");
         assert!(text.contains("10.77.1.2\tchat-0\n"));
         assert!(text.contains("10.96.0.5\tchat.ml.svc chat.ml.svc.cluster.local chat.ml chat\n"));
-        assert!(text.contains("10.96.0.1\tkubernetes.default.svc kubernetes.default.svc.cluster.local kubernetes.default\n"));
+        assert!(text.contains(
+            "10.96.0.1\tkubernetes.default.svc kubernetes.default.svc.cluster.local kubernetes.default\n"
+        ));
     }
 
     #[test]

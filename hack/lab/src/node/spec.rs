@@ -1,6 +1,7 @@
 //! What a stand-in node looks like: its name, labels, capacity and GPUs.
 
 use super::quantity;
+use crate::nvml_state;
 use std::collections::BTreeMap;
 use std::str::FromStr;
 
@@ -105,32 +106,22 @@ impl NodeSpec {
                 "nvidia.com/gpu.memory".to_owned(),
                 (gpus.memory >> 20).to_string(),
             );
-            labels.insert(
-                "nvidia.com/gpu.product".to_owned(),
-                gpus.card.replace(' ', "-"),
-            );
+            labels.insert("nvidia.com/gpu.product".to_owned(), gpus.card.replace(' ', "-"));
         }
         labels.extend(self.labels.clone());
         labels
     }
 
-    /// The first content of the node's NVML state file, or `None` on a system node.
-    pub fn nvml_state(&self) -> Option<String> {
+    /// The node's GPUs as its driver sees them, or `None` on a system node.
+    pub fn gpu_state(&self) -> Option<nvml_state::State> {
         let gpus = self.gpus.as_ref()?;
-        let mut text = "driver 570.124.06\n".to_owned();
-        for index in 0..gpus.count {
-            let uuid = gpu_uuid(&self.name, index);
-            let Gpus {
-                memory,
-                reserved,
-                card,
-                ..
-            } = gpus;
-            text.push_str(&format!(
-                "device {index} {uuid} {memory} {reserved} healthy {card}\n"
-            ));
-        }
-        Some(text)
+        Some(nvml_state::State::new(
+            &self.name,
+            gpus.count,
+            gpus.memory,
+            gpus.reserved,
+            &gpus.card,
+        ))
     }
 }
 
@@ -141,25 +132,6 @@ pub(super) fn arch() -> &'static str {
         "aarch64" => "arm64",
         other => other,
     }
-}
-
-/// The UUID of a node's GPU: the same in every run, different on every node.
-pub fn gpu_uuid(node: &str, index: u32) -> String {
-    // FNV-1a, 128 bits: spreads well, needs no crate and never changes under us.
-    let mut hash: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
-    for byte in node.bytes().chain([0]).chain(index.to_le_bytes()) {
-        hash ^= u128::from(byte);
-        hash = hash.wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b);
-    }
-    let hex = format!("{hash:032x}");
-    format!(
-        "GPU-{}-{}-{}-{}-{}",
-        &hex[..8],
-        &hex[8..12],
-        &hex[12..16],
-        &hex[16..20],
-        &hex[20..]
-    )
 }
 
 impl FromStr for Taint {
@@ -263,22 +235,16 @@ mod tests {
         assert_eq!(labels["nvidia.com/gpu.product"], "NVIDIA-L4");
         assert_eq!(labels["nvidia.com/gpu.memory"], "24576");
         assert_eq!(labels["x/y"], "z");
-        let state = spec.nvml_state().unwrap();
-        assert_eq!(state.lines().count(), 3);
-        assert!(
-            state
-                .lines()
-                .nth(2)
-                .unwrap()
-                .ends_with("25769803776 536870912 healthy NVIDIA L4")
-        );
+        let state = spec.gpu_state().unwrap();
+        assert_eq!(state.devices.len(), 2);
+        assert_eq!(state.devices[1].usable(), (24 << 30) - (512 << 20));
     }
 
     #[test]
     fn a_bare_name_is_a_system_node() {
         let spec: NodeSpec = "sys".parse().unwrap();
         assert_eq!(spec, NodeSpec::system("sys"));
-        assert!(spec.nvml_state().is_none());
+        assert!(spec.gpu_state().is_none());
     }
 
     #[test]
@@ -294,13 +260,5 @@ mod tests {
         ] {
             assert!(text.parse::<NodeSpec>().is_err(), "{text}");
         }
-    }
-
-    #[test]
-    fn uuids_are_stable_and_apart() {
-        assert_eq!(gpu_uuid("a", 0), gpu_uuid("a", 0));
-        assert_ne!(gpu_uuid("a", 0), gpu_uuid("a", 1));
-        assert_ne!(gpu_uuid("a", 0), gpu_uuid("b", 0));
-        assert_eq!(gpu_uuid("a", 0).len(), 40);
     }
 }

@@ -29,8 +29,7 @@ impl PodView {
     /// The view of a pod whose containers all wait to be created.
     pub fn waiting(pod: &Pod) -> Self {
         let spec = pod.spec.as_ref();
-        let has_init =
-            spec.is_some_and(|s| s.init_containers.as_ref().is_some_and(|i| !i.is_empty()));
+        let has_init = spec.is_some_and(|s| s.init_containers.as_ref().is_some_and(|i| !i.is_empty()));
         // While init containers run the kubelet says PodInitializing of the others.
         let reason = if has_init {
             "PodInitializing"
@@ -42,10 +41,7 @@ impl PodView {
             .unwrap_or_default();
         let main = spec.map(|s| s.containers.as_slice()).unwrap_or_default();
         Self {
-            init: init
-                .iter()
-                .map(|c| new_container(c, "PodInitializing"))
-                .collect(),
+            init: init.iter().map(|c| new_container(c, "PodInitializing")).collect(),
             main: main.iter().map(|c| new_container(c, reason)).collect(),
             ..Self::default()
         }
@@ -104,18 +100,11 @@ fn stopped(status: &ContainerStatus) -> Option<i32> {
         .last_state
         .as_ref()
         .and_then(|last| last.terminated.as_ref());
-    state
-        .terminated
-        .as_ref()
-        .or(last)
-        .map(|ended| ended.exit_code)
+    state.terminated.as_ref().or(last).map(|ended| ended.exit_code)
 }
 
 fn running(status: &ContainerStatus) -> bool {
-    status
-        .state
-        .as_ref()
-        .is_some_and(|state| state.running.is_some())
+    status.state.as_ref().is_some_and(|state| state.running.is_some())
 }
 
 /// The pod's phase.
@@ -128,8 +117,7 @@ pub fn phase(spec: &PodSpec, view: &PodView) -> &'static str {
     let mut initialising = false;
     for (container, status) in init.iter().zip(&view.init) {
         if is_sidecar(container) {
-            initialising |=
-                status.started != Some(true) && !any_started(view) && stopped(status).is_none();
+            initialising |= status.started != Some(true) && !any_started(view) && stopped(status).is_none();
             continue;
         }
         match stopped(status) {
@@ -222,10 +210,7 @@ fn conditions(pod: &Pod, spec: &PodSpec, view: &PodView, phase: &str) -> Vec<Con
     } else if incomplete.is_empty() || any_started(view) {
         Ok(None)
     } else {
-        let message = format!(
-            "containers with incomplete status: [{}]",
-            incomplete.join(" ")
-        );
+        let message = format!("containers with incomplete status: [{}]", incomplete.join(" "));
         Err(("ContainersNotInitialized", Some(message)))
     };
     let sidecars = init
@@ -244,10 +229,7 @@ fn conditions(pod: &Pod, spec: &PodSpec, view: &PodView, phase: &str) -> Vec<Con
         _ if unready.is_empty() => Ok(None),
         _ => Err((
             "ContainersNotReady",
-            Some(format!(
-                "containers with unready status: [{}]",
-                unready.join(" ")
-            )),
+            Some(format!("containers with unready status: [{}]", unready.join(" "))),
         )),
     };
     let ready = containers_ready.clone().and_then(|_| {
@@ -299,12 +281,7 @@ fn conditions(pod: &Pod, spec: &PodSpec, view: &PodView, phase: &str) -> Vec<Con
 ///
 /// It names the conditions of the kubelet only, so that those of others (PodScheduled, readiness
 /// gates) stay. `before` are the conditions last written: one that keeps its status keeps its time.
-pub fn patch(
-    pod: &Pod,
-    view: &PodView,
-    before: &[PodCondition],
-    now: &Time,
-) -> (Value, Vec<PodCondition>) {
+pub fn patch(pod: &Pod, view: &PodView, before: &[PodCondition], now: &Time) -> (Value, Vec<PodCondition>) {
     let Some(spec) = pod.spec.as_ref() else {
         return (json!({}), Vec::new());
     };
@@ -319,9 +296,7 @@ pub fn patch(
     } in conditions(pod, spec, view, phase)
     {
         let status = if status { "True" } else { "False" };
-        let same = before
-            .iter()
-            .find(|c| c.type_ == kind && c.status == status);
+        let same = before.iter().find(|c| c.type_ == kind && c.status == status);
         let since = same
             .and_then(|c| c.last_transition_time.clone())
             .unwrap_or_else(|| now.clone());
@@ -370,11 +345,7 @@ mod tests {
     use k8s_openapi::jiff::Timestamp;
 
     fn pod(restart: &str, init: bool) -> Pod {
-        let init = if init {
-            json!([{"name": "i"}])
-        } else {
-            json!([])
-        };
+        let init = if init { json!([{"name": "i"}]) } else { json!([]) };
         serde_json::from_value(json!({
             "metadata": {"name": "p", "generation": 2},
             "spec": {"restartPolicy": restart, "containers": [{"name": "a"}, {"name": "b"}], "initContainers": init}
@@ -420,10 +391,7 @@ mod tests {
         assert_eq!(phase_of("Never", [exit(1), exit(0)], false), "Failed");
         assert_eq!(phase_of("Never", [exit(0), exit(0)], false), "Succeeded");
         assert_eq!(phase_of("OnFailure", [exit(0), exit(1)], false), "Running");
-        assert_eq!(
-            phase_of("OnFailure", [exit(0), exit(0)], false),
-            "Succeeded"
-        );
+        assert_eq!(phase_of("OnFailure", [exit(0), exit(0)], false), "Succeeded");
         assert_eq!(phase_of("Always", [exit(0), exit(143)], true), "Failed");
         assert_eq!(phase_of("Always", [exit(0), exit(0)], true), "Succeeded");
     }

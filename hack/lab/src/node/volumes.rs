@@ -54,10 +54,7 @@ impl Volumes {
     /// # Errors
     /// The first volume that is not there; try again later.
     pub async fn set_up(&self, pod: &Pod) -> Result<BTreeMap<String, PathBuf>, VolumeError> {
-        let volumes = pod
-            .spec
-            .iter()
-            .flat_map(|spec| spec.volumes.iter().flatten());
+        let volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
         let each = volumes.map(|volume| async move {
             let path = self.one(pod, volume).await;
             let path = path.map_err(|reason| VolumeError {
@@ -84,9 +81,7 @@ impl Volumes {
         if lock(&self.written).get(&volume.name) != Some(&payload) {
             let (to, files) = (dir.clone(), payload.clone());
             let written = tokio::task::spawn_blocking(move || atomic_dir::write(&to, &files)).await;
-            written
-                .map_err(|e| e.to_string())?
-                .map_err(|e| e.to_string())?;
+            written.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
             lock(&self.written).insert(volume.name.clone(), payload);
         }
         Ok(dir)
@@ -124,25 +119,11 @@ impl Volumes {
             let mode = projected.default_mode.unwrap_or(DEFAULT_MODE);
             for source in projected.sources.iter().flatten() {
                 if let Some(s) = &source.secret {
-                    self.secret(
-                        pod,
-                        &s.name,
-                        s.items.as_deref(),
-                        s.optional,
-                        mode,
-                        &mut payload,
-                    )
-                    .await?;
+                    self.secret(pod, &s.name, s.items.as_deref(), s.optional, mode, &mut payload)
+                        .await?;
                 } else if let Some(s) = &source.config_map {
-                    self.config_map(
-                        pod,
-                        &s.name,
-                        s.items.as_deref(),
-                        s.optional,
-                        mode,
-                        &mut payload,
-                    )
-                    .await?;
+                    self.config_map(pod, &s.name, s.items.as_deref(), s.optional, mode, &mut payload)
+                        .await?;
                 } else if let Some(s) = &source.downward_api {
                     self.downward(pod, s.items.as_deref(), mode, &mut payload)?;
                 } else if let Some(s) = &source.service_account_token {
@@ -167,8 +148,7 @@ impl Volumes {
         mode: i32,
         payload: &mut Payload,
     ) -> Result<(), String> {
-        let api: Api<Secret> =
-            Api::namespaced(self.client.clone(), &pod.namespace().unwrap_or_default());
+        let api: Api<Secret> = Api::namespaced(self.client.clone(), &pod.namespace().unwrap_or_default());
         let found = api.get_opt(name).await.map_err(|e| e.to_string())?;
         let data = found.map(|secret| {
             let data = secret.data.unwrap_or_default().into_iter();
@@ -193,8 +173,7 @@ impl Volumes {
         mode: i32,
         payload: &mut Payload,
     ) -> Result<(), String> {
-        let api: Api<ConfigMap> =
-            Api::namespaced(self.client.clone(), &pod.namespace().unwrap_or_default());
+        let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), &pod.namespace().unwrap_or_default());
         let found = api.get_opt(name).await.map_err(|e| e.to_string())?;
         let data = found.map(|map| {
             let texts = map
@@ -243,11 +222,7 @@ impl Volumes {
     }
 
     /// A token bound to the pod, the same one until four fifths of its life are over.
-    async fn token(
-        &self,
-        pod: &Pod,
-        wanted: &ServiceAccountTokenProjection,
-    ) -> Result<String, String> {
+    async fn token(&self, pod: &Pod, wanted: &ServiceAccountTokenProjection) -> Result<String, String> {
         let seconds = wanted.expiration_seconds.unwrap_or(3600);
         let key = (wanted.audience.clone(), seconds);
         let cached = lock(&self.tokens).get(&key).cloned();
@@ -409,13 +384,7 @@ mod tests {
     use super::*;
 
     fn data() -> Option<BTreeMap<String, Vec<u8>>> {
-        Some(
-            [
-                ("a".to_owned(), b"1".to_vec()),
-                ("b".to_owned(), b"2".to_vec()),
-            ]
-            .into(),
-        )
+        Some([("a".to_owned(), b"1".to_vec()), ("b".to_owned(), b"2".to_vec())].into())
     }
 
     #[test]
@@ -426,15 +395,7 @@ mod tests {
             path: "x/y".into(),
             mode: Some(0o400),
         }];
-        project(
-            data(),
-            "secret \"s\"",
-            Some(&items),
-            false,
-            0o644,
-            &mut payload,
-        )
-        .unwrap();
+        project(data(), "secret \"s\"", Some(&items), false, 0o644, &mut payload).unwrap();
         assert_eq!(
             payload,
             Payload::from([("x/y".to_owned(), (b"1".to_vec(), 0o400))])
@@ -443,17 +404,7 @@ mod tests {
             key: "z".into(),
             ..KeyToPath::default()
         }];
-        assert!(
-            project(
-                data(),
-                "secret \"s\"",
-                Some(&wrong),
-                false,
-                0o644,
-                &mut payload
-            )
-            .is_err()
-        );
+        assert!(project(data(), "secret \"s\"", Some(&wrong), false, 0o644, &mut payload).is_err());
     }
 
     #[test]
