@@ -16,6 +16,9 @@ enum Command {
     Up(ebb_lab::cluster::Args),
     /// Run stand-in nodes: pods become real processes.
     Nodes(ebb_lab::node::Args),
+    /// Becomes a container; started by the nodes.
+    #[command(hide = true)]
+    NodeExec(ebb_lab::node::exec::Args),
     /// Run a stand-in model server.
     Model(ebb_lab::model::Args),
     /// Run a stand-in node group behind Ebb's `http` provider API.
@@ -33,6 +36,7 @@ fn main() -> std::process::ExitCode {
     let result = match cli.command {
         Command::Up(args) => ebb_lab::cluster::run(args),
         Command::Nodes(args) => ebb_lab::node::run(args),
+        Command::NodeExec(args) => ebb_lab::node::exec::run(args),
         Command::Model(args) => ebb_lab::model::run(args),
         Command::Group(args) => ebb_lab::group::run(args),
         Command::Demo(args) => ebb_lab::demo::run(args),
