@@ -189,7 +189,7 @@ impl Agent {
             node: Seen::NotYet,
             gpu_node: Seen::NotYet,
             known: None,
-            used_budget: Budget::new(6, Duration::from_secs(5)),
+            used_budget: Budget::new(10, Duration::from_secs(2)),
             inventory_budget: Budget::new(10, Duration::from_secs(2)),
             node_budget: Budget::new(10, Duration::from_secs(2)),
             retry: RETRY.0,
