@@ -1,7 +1,7 @@
 //! Stand-in nodes: kubelets that start a real process per container.
 //!
 //! A pod's way through here: the one watch of [`nodes`] hands it to the worker in
-//! `pod`, which sets up its `volumes` and runs each `container`: the `environment` is
+//! `worker`, which sets up its `volumes` and runs each `container`: the `environment` is
 //! resolved, `process` starts the program of the image (through `exec`, which makes its
 //! mount namespace), `probes` judge it, and `report` writes what `status` computes from all that.
 //!
@@ -19,6 +19,7 @@ pub mod exec;
 mod expand;
 mod fields;
 pub mod images;
+mod kubelet_api;
 mod machine;
 pub mod nodes;
 mod pod;
@@ -31,7 +32,9 @@ mod runtime;
 mod services;
 pub mod spec;
 mod status;
+mod supervise;
 mod volumes;
+mod worker;
 
 pub use images::Images;
 pub use nodes::Nodes;
