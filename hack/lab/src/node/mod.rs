@@ -41,8 +41,9 @@ pub use nodes::Nodes;
 pub use runtime::{Options, lab_program};
 pub use spec::NodeSpec;
 
+use crate::client;
 use anyhow::Context as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
@@ -120,7 +121,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     logs();
     let options = args.common.options(args.first_index)?;
     runtime()?.block_on(async move {
-        let nodes = Nodes::start(client(&args.common.kubeconfig).await?, options).await?;
+        let nodes = Nodes::start(client::from_kubeconfig(&args.common.kubeconfig).await?, options).await?;
         for spec in args.nodes {
             let name = spec.name.clone();
             nodes.add(spec).await?;
@@ -130,18 +131,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         nodes.power_off().await;
         Ok(())
     })
-}
-
-/// A client for the cluster of a kubeconfig.
-///
-/// # Errors
-/// Says what is wrong with the file.
-pub async fn client(kubeconfig: &Path) -> anyhow::Result<kube::Client> {
-    let file = kube::config::Kubeconfig::read_from(kubeconfig)
-        .with_context(|| format!("reading {}", kubeconfig.display()))?;
-    let config =
-        kube::Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default()).await?;
-    Ok(kube::Client::try_from(config)?)
 }
 
 /// Returns at SIGINT or SIGTERM.
