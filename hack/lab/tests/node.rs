@@ -484,7 +484,7 @@ spec:
             "polite",
             30,
             "echo term; sleep 0.5; echo bye; exit 0",
-            "echo hook >> /proc/1/../../tmp/$HOSTNAME-hook; sleep 0.3",
+            "sleep 0.3",
         ),
         stubborn("deaf", 3, "echo ignored", "true"),
         stubborn("forced", 30, "echo ignored", "true"),
