@@ -208,10 +208,9 @@ pub fn change(wanted: &GpuNodeStatus, published: Option<&GpuNodeStatus>) -> Opti
         return Change::at_once("first reading".to_owned());
     };
     if wanted.driver_version != published.driver_version {
-        return Change::at_once(format!(
-            "driver {} → {}",
-            published.driver_version, wanted.driver_version
-        ));
+        let before = Some(published.driver_version.as_str()).filter(|version| !version.is_empty());
+        let before = before.unwrap_or("none");
+        return Change::at_once(format!("driver {before} → {}", wanted.driver_version));
     }
     for gpu in &wanted.gpus {
         let Some(before) = published.gpus.iter().find(|before| before.uuid == gpu.uuid) else {

@@ -189,7 +189,7 @@ impl Agent {
             node: Seen::NotYet,
             gpu_node: Seen::NotYet,
             known: None,
-            used_budget: Budget::new(6, Duration::from_secs(5)),
+            used_budget: Budget::new(10, Duration::from_secs(2)),
             inventory_budget: Budget::new(10, Duration::from_secs(2)),
             node_budget: Budget::new(10, Duration::from_secs(2)),
             retry: RETRY.0,
@@ -242,10 +242,16 @@ impl Agent {
     /// Brings what is published to what was read. Says when to come back although nothing happened.
     async fn step(&mut self, observed: Option<&Observation>, now: Instant) -> Option<Instant> {
         let observed = observed?;
-        if !matches!(self.node, Seen::There(_)) {
-            self.readiness
-                .not_ready(&format!("there is no Node {} (yet)", self.publisher.name()));
-            return None;
+        match self.node {
+            // A watch that fails says so itself.
+            Seen::NotYet => return None,
+            Seen::Gone => {
+                let name = self.publisher.name();
+                self.readiness
+                    .not_ready(&format!("there is no Node {name} (yet)"));
+                return None;
+            }
+            Seen::There(_) => {}
         }
         let published = match &self.gpu_node {
             Seen::NotYet => return None,
