@@ -1,11 +1,11 @@
 //! Stand-in nodes on a real control plane: what a person sees of a pod is what a kubelet would show.
 #![allow(clippy::unwrap_used)]
 
-use ebb_lab::cluster::{Cluster, Options as ClusterOptions};
+use ebb_lab::cluster::{Cluster, Options as ClusterOptions, Signal};
 use ebb_lab::node::{Images, NodeSpec, Nodes, Options};
 use ebb_lab::nvml_state::State;
 use k8s_openapi::api::core::v1::{Event, Node, Pod};
-use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::json;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -579,5 +579,178 @@ spec:
     })
     .await;
     assert!(lab.nodes.names().is_empty());
+    lab.down().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn e2e_sidecars_init_containers_and_full_nodes() {
+    let lab = Lab::up().await;
+    let spec = NodeSpec {
+        pods: 3,
+        ..NodeSpec::system("sys")
+    };
+    lab.nodes.add(spec).await.unwrap();
+    let phase = |pod: &Pod| {
+        pod.status
+            .as_ref()
+            .and_then(|s| s.phase.clone())
+            .unwrap_or_default()
+    };
+    lab.cluster
+        .apply(
+            r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: with-sidecar}
+spec:
+  restartPolicy: Never
+  initContainers:
+  - name: proxy
+    image: sh:1
+    restartPolicy: Always
+    args: ["-c", "trap 'echo stopped; exit 0' TERM; echo > /shared/up; while :; do sleep 0.05; done"]
+    startupProbe: {exec: {command: [sh, -c, "test -f /shared/up"]}, periodSeconds: 1}
+    volumeMounts: [{name: shared, mountPath: /shared}]
+  - {name: once, image: "sh:1", args: ["-c", "test -f /shared/up && echo after the sidecar"], volumeMounts: [{name: shared, mountPath: /shared}]}
+  containers:
+  - {name: main, image: "sh:1", args: ["-c", "sleep 1; exit 0"]}
+  volumes: [{name: shared, emptyDir: {}}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: fails-early}
+spec:
+  restartPolicy: Never
+  initContainers: [{name: once, image: "sh:1", args: ["-c", "exit 4"]}]
+  containers: [{name: main, image: "sh:1", args: ["-c", "echo never"]}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: too-long}
+spec:
+  restartPolicy: Never
+  activeDeadlineSeconds: 1
+  hostNetwork: true
+  containers: [{name: main, image: "sh:1", args: ["-c", "exec sleep 1000"]}]
+"#,
+        )
+        .await
+        .unwrap();
+    let sidecar = lab
+        .wait("with-sidecar", "running", |pod| phase(pod) == "Running")
+        .await;
+    let failed = lab
+        .wait("fails-early", "failed", |pod| phase(pod) == "Failed")
+        .await;
+    assert_eq!(lab.log(&failed, "main"), "");
+    let done = lab
+        .wait("with-sidecar", "completed", |pod| phase(pod) == "Succeeded")
+        .await;
+    assert_eq!(lab.log(&sidecar, "once"), "after the sidecar\n");
+    assert_eq!(lab.log(&done, "proxy"), "stopped\n");
+    let late = lab
+        .wait("too-long", "ended by its deadline", |pod| phase(pod) == "Failed")
+        .await;
+    let status = late.status.unwrap();
+    assert_eq!(status.reason.as_deref(), Some("DeadlineExceeded"));
+    assert_eq!(status.pod_ip, status.host_ip);
+
+    // Completed pods take no place; the scheduler is passed by, as a static assignment would.
+    for n in 0..4 {
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {"name": format!("fill-{n}")},
+            "spec": {"nodeName": "sys", "terminationGracePeriodSeconds": 0,
+                "containers": [{"name": "c", "image": "sh:1", "args": ["-c", "exec sleep 1000"]}]}
+        }))
+        .unwrap();
+        lab.pods.create(&PostParams::default(), &pod).await.unwrap();
+        lab.wait(&format!("fill-{n}"), "taken or refused", |pod| {
+            is_ready(pod) || phase(pod) == "Failed"
+        })
+        .await;
+    }
+    assert!(is_ready(&lab.pod("fill-2").await));
+    assert_eq!(
+        lab.pod("fill-3").await.status.unwrap().reason.as_deref(),
+        Some("OutOfpods")
+    );
+    lab.down().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn crash_of_the_api_server_is_lived_through() {
+    let lab = Lab::up().await;
+    lab.nodes.add(NodeSpec::system("sys")).await.unwrap();
+    let pod = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: NAME}
+spec:
+  terminationGracePeriodSeconds: 0
+  containers: [{name: c, image: "sh:1", args: ["-c", "echo up; exec sleep 1000"]}]
+"#;
+    lab.cluster.apply(&pod.replace("NAME", "first")).await.unwrap();
+    let first = lab.wait("first", "ready", is_ready).await;
+    let pid = lab.pid(&first, "c");
+    let server = lab.cluster.program("kube-apiserver").unwrap();
+    server.kill(Signal::SIGKILL).unwrap();
+    server.wait().await;
+    assert!(alive(&pid), "pods run on without an API server");
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(pid.parse().unwrap()),
+        nix::sys::signal::Signal::SIGKILL,
+    )
+    .unwrap();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    server.restart().await.unwrap();
+    eventually("the API server is back", async || {
+        lab.pods.get_opt("first").await.is_ok()
+    })
+    .await;
+    // What happened in between is told now, and new work is taken.
+    lab.wait("first", "restarted", |pod| {
+        is_ready(pod)
+            && pod.status.as_ref().unwrap().container_statuses.as_ref().unwrap()[0].restart_count == 1
+    })
+    .await;
+    eventually("a second pod is taken", async || {
+        lab.cluster.apply(&pod.replace("NAME", "second")).await.is_ok()
+    })
+    .await;
+    lab.wait("second", "ready", is_ready).await;
+    lab.down().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn crash_of_the_nodes_program_takes_its_containers_along() {
+    let lab = Lab::up().await;
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_lab"));
+    command
+        .arg("nodes")
+        .arg("--kubeconfig")
+        .arg(lab.cluster.kubeconfig())
+        .arg("--dir")
+        .arg(lab.cluster.dir().join("lab"))
+        .args(["--image", "sh:1=/bin/sh", "--first-index", "50"])
+        .args(["--node", "gpu-b=gpus:2,gpu-memory:16Gi,label:zone=b"]);
+    let program = lab.cluster.spawn("lab-nodes", command).unwrap();
+    lab.cluster
+        .apply(
+            r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: stays}
+spec:
+  nodeSelector: {zone: b, nvidia.com/gpu.count: "2"}
+  containers: [{name: c, image: "sh:1", args: ["-c", "sleep 1000 & exec sleep 1000"]}]
+"#,
+        )
+        .await
+        .unwrap();
+    let pod = lab.wait("stays", "ready", is_ready).await;
+    let pid = lab.pid(&pod, "c");
+    assert!(alive(&pid));
+    program.kill(Signal::SIGKILL).unwrap();
+    eventually("its containers are dead", async || !alive(&pid)).await;
     lab.down().await;
 }
