@@ -2,3 +2,5 @@
 //! a simulator and the controller call the very same functions; `tests/layers.rs` guards that.
 
 pub mod gating;
+pub mod ledger;
+pub mod placement;
