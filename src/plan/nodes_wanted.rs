@@ -139,14 +139,12 @@ pub fn decide(pods: &[PendingPod], nodes: &[Node], groups: &[Group]) -> Wanted {
     let mut order: Vec<&PendingPod> = pods.iter().collect();
     order.sort_by(|a, b| (a.created_ms, &a.name).cmp(&(b.created_ms, &b.name)));
     for pod in order {
-        if let Some(node) = standing
-            .iter_mut()
-            .find(|node| admits(pod, &node.labels, &node.taints) && room::take(&mut node.gpus, &pod.request))
-        {
-            wanted
-                .keep
-                .entry(node.name.clone())
-                .or_insert_with(|| pod.name.clone());
+        let place = standing.iter_mut().find_map(|node| {
+            (admits(pod, &node.labels, &node.taints) && room::take(&mut node.gpus, &pod.request))
+                .then(|| node.name.clone())
+        });
+        if let Some(node) = place {
+            wanted.keep.entry(node).or_insert_with(|| pod.name.clone());
             continue;
         }
         if booting
