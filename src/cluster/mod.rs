@@ -1,6 +1,7 @@
 //! Kubernetes objects in and out of `plan`'s types: reflectors and writes.
 
 pub mod call;
+pub mod client;
 pub mod events;
 pub mod rooms;
 pub mod scale;
