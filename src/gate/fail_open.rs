@@ -89,10 +89,7 @@ fn lists(slice: &EndpointSlice, ip: IpAddr) -> bool {
 }
 
 fn has(endpoint: &Endpoint, ip: IpAddr) -> bool {
-    endpoint
-        .addresses
-        .iter()
-        .any(|address| address.parse() == Ok(ip))
+    endpoint.addresses.iter().any(|address| address.parse() == Ok(ip))
 }
 
 /// Ports and endpoints of a slice.
@@ -247,9 +244,11 @@ mod tests {
 
     #[test]
     fn others_stay_and_the_version_with_them() {
-        let left = without(slice(&["10.0.0.1", "10.0.0.2"]), "10.0.0.1".parse().unwrap(), |_| {
-            panic!("a gate is left")
-        });
+        let left = without(
+            slice(&["10.0.0.1", "10.0.0.2"]),
+            "10.0.0.1".parse().unwrap(),
+            |_| panic!("a gate is left"),
+        );
         assert_eq!(addresses(&left), ["10.0.0.2"]);
         assert_eq!(left.metadata.resource_version.as_deref(), Some("7"));
         assert_eq!(left.ports.unwrap()[0].port, Some(20001));

@@ -22,9 +22,11 @@ const HEALTH_CHECKERS: [&str; 4] = ["kube-probe/", "ELB-HealthChecker/", "Google
 /// Whether a request comes from a health checker or scraper.
 #[must_use]
 pub fn is_health_check(headers: &HeaderMap) -> bool {
-    headers
-        .get(USER_AGENT)
-        .is_some_and(|agent| HEALTH_CHECKERS.iter().any(|name| agent.as_bytes().starts_with(name.as_bytes())))
+    headers.get(USER_AGENT).is_some_and(|agent| {
+        HEALTH_CHECKERS
+            .iter()
+            .any(|name| agent.as_bytes().starts_with(name.as_bytes()))
+    })
 }
 
 /// Bytes that a request's head takes, about.
@@ -35,7 +37,10 @@ pub fn size<B>(request: &Request<B>) -> u64 {
         .iter()
         .map(|(name, value)| name.as_str().len() + value.len() + 4)
         .sum();
-    let path = request.uri().path_and_query().map_or(0, |path| path.as_str().len());
+    let path = request
+        .uri()
+        .path_and_query()
+        .map_or(0, |path| path.as_str().len());
     (fields + path + 16) as u64
 }
 

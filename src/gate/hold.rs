@@ -327,9 +327,7 @@ impl Door {
     pub(super) fn reached(self: &Arc<Self>, grant: &Grant) {
         {
             let mut state = self.state.lock();
-            state
-                .reaching
-                .remove(&(grant.pod.clone(), grant.address.port()));
+            state.reaching.remove(&(grant.pod.clone(), grant.address.port()));
             state.line.reached(grant);
         }
         self.pump();

@@ -147,7 +147,9 @@ impl Session<'_> {
         let response = dial(self.config, to, ReceiverStream::new(body)).await?;
         if response.status() == StatusCode::MISDIRECTED_REQUEST {
             let body = timeout(STEP_TIMEOUT, Limited::new(response.into_body(), 4096).collect()).await?;
-            let body = body.map_err(|error| anyhow::anyhow!(error)).context("a 421 without a body")?;
+            let body = body
+                .map_err(|error| anyhow::anyhow!(error))
+                .context("a 421 without a body")?;
             let misdirected: Misdirected = serde_json::from_slice(&body.to_bytes())?;
             let leader = misdirected.leader.context("the controllers have no leader yet")?;
             return Ok(Ended::Leader(leader));
@@ -339,7 +341,10 @@ impl LineReader {
     }
 
     fn next(&mut self) -> Option<Vec<u8>> {
-        let Some(end) = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n') else {
+        let Some(end) = self.buffer[self.searched..]
+            .iter()
+            .position(|byte| *byte == b'\n')
+        else {
             self.searched = self.buffer.len();
             return None;
         };

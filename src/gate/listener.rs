@@ -168,4 +168,3 @@ async fn serve(
     gate.metrics.connections.dec();
     drop(place);
 }
-

@@ -25,6 +25,8 @@ pub mod metrics;
 pub mod probe;
 pub mod problem;
 pub mod proxy;
+#[cfg(test)]
+mod proxy_tests;
 mod replicas;
 pub mod state;
 pub mod table;

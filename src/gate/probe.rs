@@ -66,7 +66,11 @@ impl Checks {
         let Some(spec) = &pod.spec else {
             return Checks::Kubelet;
         };
-        if spec.readiness_gates.as_ref().is_some_and(|gates| !gates.is_empty()) {
+        if spec
+            .readiness_gates
+            .as_ref()
+            .is_some_and(|gates| !gates.is_empty())
+        {
             return Checks::Kubelet;
         }
         let sidecars = spec
@@ -218,7 +222,12 @@ async fn get(
     }
     // The connection lives only as long as the answer takes.
     let (answer, _) = tokio::join!(
-        async move { sender.send_request(request).await.map(|response| response.status()) },
+        async move {
+            sender
+                .send_request(request)
+                .await
+                .map(|response| response.status())
+        },
         async move {
             let _ = connection.await;
         }

@@ -219,22 +219,29 @@ pub fn target(port: &ServicePort) -> Target {
 
 /// The workloads of the namespaces in which anything is gated.
 fn known(objects: &Objects, gated: &[(&Service, BTreeMap<String, u16>)]) -> Vec<Known> {
-    let here =
-        |namespace: Option<String>| gated.iter().any(|(service, _)| service.namespace() == namespace);
+    let here = |namespace: Option<String>| gated.iter().any(|(service, _)| service.namespace() == namespace);
     let settled = |observed: Option<i64>, generation: Option<i64>| observed >= generation;
     let make = |workload: Workload, settled: bool| Known {
         labels: workload.template_labels(),
         workload,
         settled,
     };
-    let deployments = objects.deployments.iter().filter(|d| here(d.namespace())).map(|d| {
-        let observed = d.status.as_ref().and_then(|s| s.observed_generation);
-        make(d.workload(), settled(observed, d.metadata.generation))
-    });
-    let stateful_sets = objects.stateful_sets.iter().filter(|s| here(s.namespace())).map(|s| {
-        let observed = s.status.as_ref().and_then(|s| s.observed_generation);
-        make(s.workload(), settled(observed, s.metadata.generation))
-    });
+    let deployments = objects
+        .deployments
+        .iter()
+        .filter(|d| here(d.namespace()))
+        .map(|d| {
+            let observed = d.status.as_ref().and_then(|s| s.observed_generation);
+            make(d.workload(), settled(observed, d.metadata.generation))
+        });
+    let stateful_sets = objects
+        .stateful_sets
+        .iter()
+        .filter(|s| here(s.namespace()))
+        .map(|s| {
+            let observed = s.status.as_ref().and_then(|s| s.observed_generation);
+            make(s.workload(), settled(observed, s.metadata.generation))
+        });
     deployments.chain(stateful_sets).collect()
 }
 

@@ -178,7 +178,12 @@ impl Pool {
 async fn connect(address: SocketAddr) -> Result<TcpStream, String> {
     let stream = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(address))
         .await
-        .map_err(|_| format!("{address} did not take a connection within {} s", CONNECT_TIMEOUT.as_secs()))?
+        .map_err(|_| {
+            format!(
+                "{address} did not take a connection within {} s",
+                CONNECT_TIMEOUT.as_secs()
+            )
+        })?
         .map_err(|error| format!("{address} did not take a connection: {error}"))?;
     let _ = stream.set_nodelay(true);
     Ok(stream)

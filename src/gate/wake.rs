@@ -63,7 +63,11 @@ pub struct KubeScaler(pub Client);
 type KubeScale = k8s_openapi::api::autoscaling::v1::Scale;
 
 impl KubeScaler {
-    async fn call(&self, workload: &WorkloadRef, patch: Option<serde_json::Value>) -> Result<Scale, ScaleError> {
+    async fn call(
+        &self,
+        workload: &WorkloadRef,
+        patch: Option<serde_json::Value>,
+    ) -> Result<Scale, ScaleError> {
         let WorkloadRef { namespace, name, .. } = workload;
         let client = self.0.clone();
         let answer = async {

@@ -319,14 +319,25 @@ struct Model {
 impl Model {
     fn check_grant(&mut self, ticket: Ticket, grant: &Grant, from_line: bool) -> Result<(), TestCaseError> {
         prop_assert!(self.desired > 0, "granted at 0");
-        prop_assert!(self.holds.values().all(|until| *until <= self.now), "granted while held");
+        prop_assert!(
+            self.holds.values().all(|until| *until <= self.now),
+            "granted while held"
+        );
         let pod = self.pods.values().find(|pod| pod.uid == grant.pod);
         prop_assert!(pod.is_some_and(|pod| !pod.terminating), "granted a pod that goes");
-        let old = self.pods.iter().any(|(number, pod)| {
-            pod.uid == grant.pod && self.born.get(number).copied() <= self.zero
-        });
-        prop_assert!(!old || self.now >= self.zero_at + PARDON_MS, "granted a pod from before the sleep");
-        let load = self.flying.iter().filter(|(_, other)| other.pod == grant.pod).count();
+        let old = self
+            .pods
+            .iter()
+            .any(|(number, pod)| pod.uid == grant.pod && self.born.get(number).copied() <= self.zero);
+        prop_assert!(
+            !old || self.now >= self.zero_at + PARDON_MS,
+            "granted a pod from before the sleep"
+        );
+        let load = self
+            .flying
+            .iter()
+            .filter(|(_, other)| other.pod == grant.pod)
+            .count();
         prop_assert!(load < LIMITS.target_in_flight as usize, "over the target");
         if from_line {
             prop_assert_eq!(self.waiting.keys().next(), Some(&ticket), "out of order");
