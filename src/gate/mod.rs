@@ -41,7 +41,6 @@ use std::time::Duration;
 
 use anyhow::Context;
 use k8s_openapi::api::apps::v1::{Deployment, StatefulSet};
-use kube::Client;
 use kube::runtime::watcher;
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
@@ -49,6 +48,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::api::duration::Span;
 use crate::api::names;
+use crate::cluster::client;
 use crate::cluster::view::{Builder, Kind};
 use crate::serve::health::{self, Readiness};
 
@@ -111,12 +111,7 @@ pub struct Args {
 /// # Errors
 /// When it cannot start, with what to do about it.
 pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> {
-    let mut config = kube::Config::infer()
-        .await
-        .context("no cluster: neither in a pod nor with a kubeconfig")?;
-    // What is worth another try is decided where it is used.
-    config.default_retry = false;
-    let client = Client::try_from(config)?;
+    let client = client::connect().await?;
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let readiness = Readiness::waiting("reading the cluster");
