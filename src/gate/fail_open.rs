@@ -1,20 +1,21 @@
 //! A gate that stops takes itself out of the EndpointSlices that point at it. The last one leaves the workload's
 //! pods there in its place, so that an awake model stays reachable without any gate.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
-use k8s_openapi::api::core::v1::{ObjectReference, Pod, Service};
-use k8s_openapi::api::discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice};
+use k8s_openapi::api::core::v1::{Pod, Service};
+use k8s_openapi::api::discovery::v1::{Endpoint, EndpointPort, EndpointSlice};
 use kube::api::PostParams;
 use kube::{Api, Client, ResourceExt};
 
-use super::table;
 use crate::api::names;
+use crate::cluster::slices;
 use crate::cluster::view::Kind;
-use crate::plan::hold::Target;
+use crate::plan::endpoints;
 
 /// Slices written at the same time.
 const AT_ONCE: usize = 16;
@@ -93,7 +94,7 @@ fn has(endpoint: &Endpoint, ip: IpAddr) -> bool {
 }
 
 /// Ports and endpoints of a slice.
-type Shape = (Vec<EndpointPort>, Vec<Endpoint>);
+type Shape = (Option<Vec<EndpointPort>>, Vec<Endpoint>);
 
 /// The slice without this gate; where no gate is left, with `instead`, if there is anything to put there.
 fn without(
@@ -101,16 +102,14 @@ fn without(
     ip: IpAddr,
     instead: impl FnOnce(&EndpointSlice) -> Option<Shape>,
 ) -> EndpointSlice {
-    let mut endpoints = std::mem::take(&mut slice.endpoints);
-    endpoints.retain(|endpoint| !has(endpoint, ip));
+    slice.endpoints.retain(|endpoint| !has(endpoint, ip));
     let serves = |endpoint: &Endpoint| endpoint.conditions.as_ref().and_then(|c| c.ready) != Some(false);
-    if !endpoints.iter().any(serves)
+    if !slice.endpoints.iter().any(serves)
         && let Some((ports, pods)) = instead(&slice)
     {
-        slice.ports = Some(ports);
-        endpoints = pods;
+        slice.ports = ports;
+        slice.endpoints = pods;
     }
-    slice.endpoints = endpoints;
     slice
 }
 
@@ -122,7 +121,7 @@ fn pods_instead(sight: &Sight, namespace: &str, slice: &EndpointSlice) -> Option
         .iter()
         .map(Arc::as_ref)
         .filter(|pod| pod.namespace().as_deref() == Some(namespace));
-    let shape = shape_of(&service, here, &slice.address_type);
+    let shape = shape_of(&service, here);
     tracing::info!(
         service = name,
         namespace,
@@ -133,62 +132,19 @@ fn pods_instead(sight: &Sight, namespace: &str, slice: &EndpointSlice) -> Option
     shape
 }
 
-/// What Kubernetes' own slice of this Service would hold, for the pods that are ready. `None`: no pod is.
-fn shape_of<'a>(service: &Service, pods: impl Iterator<Item = &'a Pod>, family: &str) -> Option<Shape> {
-    let spec = service.spec.as_ref()?;
-    let selector = spec.selector.as_ref()?;
-    let ready: Vec<(&Pod, IpAddr)> = pods
-        .filter(|pod| pod.metadata.deletion_timestamp.is_none() && table::is_ready(pod))
+/// What the controller's slice of this Service would hold without any gate. `None`: no pod is ready.
+fn shape_of<'a>(service: &Service, pods: impl Iterator<Item = &'a Pod>) -> Option<Shape> {
+    let selector = service.spec.as_ref()?.selector.as_ref()?;
+    let ready: Vec<endpoints::Pod> = pods
         .filter(|pod| {
             selector
                 .iter()
                 .all(|(key, value)| key == names::GATED_KEY || pod.labels().get(key) == Some(value))
         })
-        .filter_map(|pod| {
-            let ip: IpAddr = pod.status.as_ref()?.pod_ip.as_ref()?.parse().ok()?;
-            (ip.is_ipv6() == (family == "IPv6")).then_some((pod, ip))
-        })
+        .filter_map(|pod| slices::ready_pod(service, pod))
         .collect();
-    // One slice has one set of ports; pods that name theirs differently are rare enough to follow the first.
-    let named = table::named_ports(ready.first()?.0);
-    let ports = spec
-        .ports
-        .iter()
-        .flatten()
-        .filter_map(|port| {
-            let number = match table::target(port) {
-                Target::Number(number) => number,
-                Target::Name(name) => *named.get(&name)?,
-            };
-            Some(EndpointPort {
-                name: Some(port.name.clone().unwrap_or_default()),
-                port: Some(i32::from(number)),
-                protocol: port.protocol.clone(),
-                app_protocol: port.app_protocol.clone(),
-            })
-        })
-        .collect();
-    let endpoints = ready
-        .into_iter()
-        .map(|(pod, ip)| Endpoint {
-            addresses: vec![ip.to_string()],
-            conditions: Some(EndpointConditions {
-                ready: Some(true),
-                serving: Some(true),
-                terminating: Some(false),
-            }),
-            node_name: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
-            target_ref: Some(ObjectReference {
-                kind: Some("Pod".to_owned()),
-                namespace: pod.namespace(),
-                name: Some(pod.name_any()),
-                uid: pod.uid(),
-                ..ObjectReference::default()
-            }),
-            ..Endpoint::default()
-        })
-        .collect();
-    Some((ports, endpoints))
+    let slice = slices::slice(service, &endpoints::pods(&ready)?, &BTreeMap::new());
+    Some((slice.ports, slice.endpoints))
 }
 
 #[cfg(test)]
@@ -257,8 +213,8 @@ mod tests {
     #[test]
     fn the_last_one_leaves_the_ready_pods_there() {
         let pods = [pod("10.0.1.1", true), pod("10.0.1.2", false)];
-        let left = without(slice(&["10.0.0.1"]), "10.0.0.1".parse().unwrap(), |slice| {
-            shape_of(&service(), pods.iter(), &slice.address_type)
+        let left = without(slice(&["10.0.0.1"]), "10.0.0.1".parse().unwrap(), |_| {
+            shape_of(&service(), pods.iter())
         });
         assert_eq!(addresses(&left), ["10.0.1.1"]);
         let port = &left.ports.unwrap()[0];
@@ -267,8 +223,8 @@ mod tests {
 
     #[test]
     fn asleep_the_last_one_leaves_nothing() {
-        let left = without(slice(&["10.0.0.1"]), "10.0.0.1".parse().unwrap(), |slice| {
-            shape_of(&service(), std::iter::empty(), &slice.address_type)
+        let left = without(slice(&["10.0.0.1"]), "10.0.0.1".parse().unwrap(), |_| {
+            shape_of(&service(), std::iter::empty())
         });
         assert!(addresses(&left).is_empty());
     }

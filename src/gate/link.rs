@@ -18,10 +18,6 @@ use http_body_util::{BodyExt, Limited, StreamBody};
 use hyper::body::Incoming;
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use rustls::RootCertStore;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, ServerName};
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, timeout};
 use tokio_stream::wrappers::ReceiverStream;
@@ -35,6 +31,7 @@ use crate::api::workload::WorkloadRef;
 use crate::link::{
     Activity, FromGate, HEARTBEAT, MAX_LINE, MIN_INTERVAL, Misdirected, PATH as LINK_PATH, ToGate,
 };
+use crate::serve::tls;
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
@@ -273,22 +270,20 @@ async fn dial(
     to: &str,
     body: ReceiverStream<Result<Frame<Bytes>, std::convert::Infallible>>,
 ) -> anyhow::Result<http::Response<Incoming>> {
-    let tls = tls(config)?;
+    let ca = std::fs::read_to_string(&config.ca_file)
+        .with_context(|| format!("cannot read the CA {}", config.ca_file.display()))?;
+    let tls = tls::client_config(&ca, None)?;
     let token = std::fs::read_to_string(&config.token_file)
         .with_context(|| format!("cannot read the token {}", config.token_file.display()))?;
-    let stream = timeout(STEP_TIMEOUT, TcpStream::connect(to))
+    let address = timeout(STEP_TIMEOUT, tokio::net::lookup_host(to))
         .await
-        .with_context(|| format!("{to} does not answer"))?
-        .with_context(|| format!("cannot reach {to}"))?;
-    stream.set_nodelay(true)?;
-    let name = ServerName::try_from(config.server_name.clone())?;
-    let stream = timeout(
-        STEP_TIMEOUT,
-        tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, stream),
-    )
-    .await
-    .with_context(|| format!("no TLS handshake with {to}"))?
-    .with_context(|| format!("TLS with {to} as {}", config.server_name))?;
+        .with_context(|| format!("no answer on what address {to} has"))?
+        .with_context(|| format!("cannot find {to}"))?
+        .next()
+        .with_context(|| format!("{to} has no address"))?;
+    let stream = tls::dial(address, &config.server_name, tls, STEP_TIMEOUT)
+        .await
+        .with_context(|| format!("cannot reach {to} ({address}) as {}", config.server_name))?;
     let (mut sender, connection) = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .keep_alive_interval(Duration::from_secs(2))
@@ -308,20 +303,6 @@ async fn dial(
         .await
         .with_context(|| format!("{to} does not answer the link"))?
         .with_context(|| format!("the link to {to}"))
-}
-
-fn tls(config: &Config) -> anyhow::Result<rustls::ClientConfig> {
-    let mut roots = RootCertStore::empty();
-    let certificates = CertificateDer::pem_file_iter(&config.ca_file)
-        .with_context(|| format!("cannot read the CA {}", config.ca_file.display()))?;
-    for certificate in certificates {
-        roots.add(certificate?)?;
-    }
-    let mut tls = rustls::ClientConfig::builder()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    tls.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(tls)
 }
 
 /// Cuts a stream of bytes into lines.

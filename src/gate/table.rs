@@ -17,6 +17,7 @@ use crate::api::annotations;
 use crate::api::names;
 use crate::api::units::{Bytes, PodUid};
 use crate::api::workload::{WorkloadKind, WorkloadRef};
+use crate::cluster::slices;
 use crate::cluster::view::Hook;
 use crate::cluster::workloads::{IntoWorkload, Workload, service_facts};
 use crate::plan::gating::{Gating, Labels, gating};
@@ -137,8 +138,8 @@ pub fn build(objects: &Objects, zeros: &Zeros) -> Table {
     let mut table = Table::default();
     for (service, ports) in gated {
         let to = workload_of(service, &known);
-        for port in service.spec.iter().flat_map(|spec| spec.ports.iter().flatten()) {
-            let Some(gate_port) = ports.get(&port_key(port)) else {
+        for (key, port) in slices::ports(service) {
+            let Some(gate_port) = ports.get(&key) else {
                 continue;
             };
             table.routes.entry(*gate_port).or_insert_with(|| Route {
@@ -199,16 +200,7 @@ fn gate_ports(service: &Service) -> Option<BTreeMap<String, u16>> {
     }
 }
 
-fn port_key(port: &ServicePort) -> String {
-    match &port.name {
-        Some(name) if !name.is_empty() => name.clone(),
-        _ => port.port.to_string(),
-    }
-}
-
-/// The port on the pods that a Service port leads to.
-#[must_use]
-pub fn target(port: &ServicePort) -> Target {
+fn target(port: &ServicePort) -> Target {
     let number = |number: i32| Target::Number(u16::try_from(number).unwrap_or(0));
     match &port.target_port {
         Some(IntOrString::String(name)) => Target::Name(name.clone()),
@@ -341,23 +333,12 @@ fn seen_pod(pod: &Pod) -> SeenPod {
             .and_then(|ip| ip.parse().ok()),
         version: pod.resource_version().and_then(|version| version.parse().ok()),
         terminating: pod.metadata.deletion_timestamp.is_some() || finished,
-        ready: is_ready(pod),
+        ready: slices::is_ready(pod),
         ports: named_ports(pod),
     }
 }
 
-/// Whether the kubelet calls a pod Ready.
-#[must_use]
-pub fn is_ready(pod: &Pod) -> bool {
-    pod.status
-        .iter()
-        .flat_map(|status| status.conditions.iter().flatten())
-        .any(|condition| condition.type_ == "Ready" && condition.status == "True")
-}
-
-/// The container ports of a pod that have a name.
-#[must_use]
-pub fn named_ports(pod: &Pod) -> BTreeMap<String, u16> {
+fn named_ports(pod: &Pod) -> BTreeMap<String, u16> {
     pod.spec
         .iter()
         .flat_map(|spec| &spec.containers)
