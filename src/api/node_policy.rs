@@ -1,12 +1,11 @@
 //! `NodePolicy`: which nodes form a group, who adds and removes them, and when they may go.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector, Time};
 use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::duration::Span;
-use super::scale_policy::PolicyStatus;
 
 /// A group of nodes that one provider object adds and removes, and when Ebb may release or ask for one.
 #[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -14,7 +13,7 @@ use super::scale_policy::PolicyStatus;
     group = "ebb.dev",
     version = "v1alpha1",
     kind = "NodePolicy",
-    status = "PolicyStatus",
+    status = "NodePolicyStatus",
     shortname = "np",
     category = "ebb",
     printcolumn = r#"{"name":"Provider","type":"string","jsonPath":".spec.provider.kind"}"#,
@@ -92,6 +91,36 @@ pub struct NodeShape {
     /// Labels that a new node carries; pods with a nodeSelector are held against them.
     #[serde(default)]
     pub labels: std::collections::BTreeMap<String, String>,
+}
+
+/// What a node policy does at present.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct NodePolicyStatus {
+    /// Nodes that it selects.
+    pub selected: u32,
+    /// Nodes that the provider was asked for and that cannot take pods yet. Written before the provider is asked, so
+    /// that a leader which takes over asks for none of them twice.
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["requestId"]))]
+    pub asked: Vec<AskedNode>,
+    /// `Ready`: whether the policy can be followed, and if not, why.
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    pub conditions: Vec<Condition>,
+    /// Generation of the spec that this status was made from.
+    pub observed_generation: i64,
+}
+
+/// A node that the provider was asked for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AskedNode {
+    /// Names the request at the provider.
+    pub request_id: String,
+    /// When it was asked for.
+    pub at: Time,
+    /// Why.
+    #[serde(default)]
+    pub reason: String,
 }
 
 mod defaults {

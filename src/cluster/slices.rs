@@ -188,7 +188,7 @@ pub fn slice(service: &Service, targets: &Targets, gate_ports: &BTreeMap<String,
             ..ObjectMeta::default()
         },
         address_type: address_type(service).to_owned(),
-        endpoints: Some(endpoints),
+        endpoints,
         ports: Some(
             ports
                 .iter()
@@ -228,7 +228,7 @@ pub fn same(have: &EndpointSlice, wanted: &EndpointSlice) -> bool {
         Some((labels.get(SERVICE_NAME)?.clone(), labels.get(MANAGED_BY)?.clone()))
     };
     have.address_type == wanted.address_type
-        && have.endpoints.as_deref().unwrap_or_default() == wanted.endpoints.as_deref().unwrap_or_default()
+        && have.endpoints == wanted.endpoints
         && have.ports.as_deref().unwrap_or_default() == wanted.ports.as_deref().unwrap_or_default()
         && labels(have) == labels(wanted)
         && have.metadata.owner_references == wanted.metadata.owner_references
@@ -275,7 +275,7 @@ mod tests {
         let ports = slice.ports.unwrap();
         assert_eq!((ports[0].name.as_deref(), ports[0].port), (Some("http"), Some(8000)));
         assert_eq!(ports[0].app_protocol.as_deref(), Some("http"));
-        let endpoint = &slice.endpoints.unwrap()[0];
+        let endpoint = &slice.endpoints[0];
         assert_eq!(endpoint.target_ref.as_ref().unwrap().name.as_deref(), Some("llama-1"));
     }
 

@@ -400,9 +400,9 @@ pub struct Held {
 }
 
 impl Held {
-    /// Whether no gate has come or gone since.
+    /// Whether the gates still hold.
     #[must_use]
-    pub fn complete(&self) -> bool {
+    pub fn in_force(&self) -> bool {
         let inner = self.gates.0.inner.lock();
         inner
             .holds

@@ -1,5 +1,18 @@
 //! The process that holds webhook, extender and reconcilers, and leads by Lease.
 
+mod conditions;
+mod facts;
+mod gates;
+mod headless;
+mod link;
+mod metrics;
+mod nodes;
+mod reach;
+mod reconcile;
+mod services;
+mod tokens;
+mod workloads;
+
 use tokio_util::sync::CancellationToken;
 
 /// Arguments of the process.

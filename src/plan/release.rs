@@ -51,8 +51,10 @@ pub enum AtProvider {
     Unknown,
     /// It has the node.
     Present,
-    /// It removes the node, or does not know it (any more).
+    /// It removes the node.
     Leaving,
+    /// It does not know the node.
+    Absent,
 }
 
 /// All that the decision about one node is made from.
@@ -70,6 +72,8 @@ pub struct Facts {
     pub occupied: Option<String>,
     /// A pod that would go there.
     pub wanted: Option<String>,
+    /// Why its provider could not take it away.
+    pub blocked: Option<String>,
     /// What the provider says of it.
     pub at_provider: AtProvider,
 }
@@ -154,6 +158,8 @@ pub fn step(facts: &Facts, group: &Group, now: Timestamp) -> Step {
         Some(format!("{occupied} is on it"))
     } else if let Some(pod) = &facts.wanted {
         Some(format!("pod {pod} needs it"))
+    } else if let Some(blocked) = &facts.blocked {
+        Some(blocked.clone())
     } else if group.dry_run {
         Some("its NodePolicy is a dry run now".to_owned())
     } else {
@@ -171,6 +177,11 @@ pub fn step(facts: &Facts, group: &Group, now: Timestamp) -> Step {
             AtProvider::Leaving => Step::Removed {
                 reason: mark.reason.clone(),
             },
+            // One that was removed is about to stop being Ready; one that never was the provider's stays.
+            AtProvider::Absent if facts.ready => Step::Restore {
+                reason: "its provider does not know it".to_owned(),
+            },
+            AtProvider::Absent => STAY,
         },
         (State::Released, _) => STAY,
         (State::Candidate, None) => {
@@ -220,6 +231,7 @@ fn active(facts: &Facts, group: &Group) -> Step {
         || !facts.ready
         || facts.occupied.is_some()
         || facts.wanted.is_some()
+        || facts.blocked.is_some()
         || group.staying <= group.min_nodes
     {
         return STAY;
@@ -269,6 +281,7 @@ mod tests {
             ready: true,
             occupied: None,
             wanted: None,
+            blocked: None,
             at_provider: AtProvider::Present,
         }
     }
@@ -354,7 +367,8 @@ mod tests {
         #[test]
         fn never_goes_on_while_occupied_wanted_or_below_the_minimum(
             mark in any_mark(), occupied: bool, wanted: bool, ready: bool, tainted: bool, selected: bool,
-            provider in prop_oneof![Just(AtProvider::Unknown), Just(AtProvider::Present), Just(AtProvider::Leaving)],
+            provider in prop_oneof![Just(AtProvider::Unknown), Just(AtProvider::Present), Just(AtProvider::Leaving),
+                Just(AtProvider::Absent)],
             (min_nodes, staying) in (0u32..3, 0u32..3), dry_run: bool, now in 0i64..400,
         ) {
             let mut facts = empty(mark);
