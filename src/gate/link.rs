@@ -339,41 +339,5 @@ impl LineReader {
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn lines_come_whole_however_they_are_cut(
-            lines in proptest::collection::vec("[a-z]{0,12}", 0..8),
-            size in 1usize..9,
-        ) {
-            let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
-            let mut reader = LineReader::default();
-            let mut seen = Vec::new();
-            for piece in text.as_bytes().chunks(size) {
-                reader.push(piece).unwrap();
-                while let Some(line) = reader.next() {
-                    seen.push(String::from_utf8(line).unwrap());
-                }
-            }
-            prop_assert_eq!(seen, lines);
-        }
-    }
-
-    #[test]
-    fn adversarial_endless_line_is_refused() {
-        let mut reader = LineReader::default();
-        assert!(reader.push(&vec![b'x'; MAX_LINE + 1]).is_err());
-    }
-
-    #[test]
-    fn jitter_stays_in_bounds() {
-        for _ in 0..100 {
-            let time = jitter(MAX_BACKOFF);
-            assert!(time >= MAX_BACKOFF / 2 && time <= MAX_BACKOFF, "{time:?}");
-        }
-    }
-}
+#[path = "link_tests.rs"]
+mod tests;
