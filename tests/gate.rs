@@ -115,6 +115,19 @@ impl Lab {
         pod.name_any()
     }
 
+    /// Attempts to wake that ended so, over both gates.
+    async fn wakes(&self, result: &str) -> u32 {
+        let line = format!("ebb_gate_wakes_total{{result=\"{result}\"}} ");
+        let mut sum = 0;
+        for ip in GATES {
+            let health = format!("{ip}:8080").parse().unwrap();
+            let metrics = exchange(health, "GET /metrics HTTP/1.0\r\n\r\n").await.unwrap();
+            let count = metrics.lines().find_map(|found| found.strip_prefix(&line));
+            sum += count.map_or(0, |count| count.parse::<u32>().unwrap());
+        }
+        sum
+    }
+
     /// What the slice beside the Service points at, and on which port.
     async fn slice(&self) -> (Vec<String>, Option<i32>) {
         let slices: Api<EndpointSlice> = Api::namespaced(self.cluster.client(), "models");
@@ -243,6 +256,8 @@ async fn race_a_hundred_requests_at_two_gates_are_one_wake() {
     }
     // Every change of the spec counts in the generation, so there was one.
     assert_eq!(lab.model().await.metadata.generation, Some(before + 1));
+    assert_eq!(lab.wakes("Raised").await, 1);
+    println!("{} writes came too late and were tried again", lab.wakes("Conflict").await);
 
     // Asleep again, and the next request wakes it again.
     lab.scale(0).await;

@@ -121,15 +121,15 @@ fn pods_instead(sight: &Sight, namespace: &str, slice: &EndpointSlice) -> Option
         .iter()
         .map(Arc::as_ref)
         .filter(|pod| pod.namespace().as_deref() == Some(namespace));
-    let shape = shape_of(&service, here);
+    let (ports, endpoints) = shape_of(&service, here)?;
     tracing::info!(
         service = name,
         namespace,
-        pods = shape.as_ref().map_or(0, |(_, endpoints)| endpoints.len()),
+        pods = endpoints.len(),
         reason = "the last gate stops",
-        "the Service points at the pods themselves from now on"
+        "the Service is pointed at the pods themselves"
     );
-    shape
+    Some((ports, endpoints))
 }
 
 /// What the controller's slice of this Service would hold without any gate. `None`: no pod is ready.

@@ -78,6 +78,7 @@ enum Ended {
 pub async fn run(gate: Arc<Gate>, listeners: Arc<Listeners>, config: Config, ends: Ends) {
     let mut to = config.controller.clone();
     let mut backoff = FIRST_BACKOFF;
+    let mut complained = String::new();
     loop {
         let begun = Instant::now();
         let session = Session {
@@ -86,6 +87,7 @@ pub async fn run(gate: Arc<Gate>, listeners: Arc<Listeners>, config: Config, end
             config: &config,
             ends: &ends,
             told: HashMap::new(),
+            told_ports: Vec::new(),
             holds: HashMap::new(),
         };
         let ended = tokio::select! {
@@ -100,7 +102,17 @@ pub async fn run(gate: Arc<Gate>, listeners: Arc<Listeners>, config: Config, end
                 continue;
             }
             Ok(Ended::Leader(_)) => {}
-            Err(error) => tracing::warn!(to, error = format!("{error:#}"), "no link to the controller"),
+            Err(error) => {
+                let error = format!("{error:#}");
+                // Once per reason: it may take minutes until there is a controller.
+                if error != complained {
+                    tracing::warn!(to, error, "no link to the controller; nothing is put to sleep without it");
+                    complained = error;
+                }
+            }
+        }
+        if begun.elapsed() > MAX_BACKOFF * 2 {
+            complained.clear();
         }
         to.clone_from(&config.controller);
         backoff = if begun.elapsed() > MAX_BACKOFF * 2 {
@@ -128,6 +140,7 @@ struct Session<'a> {
     ends: &'a Ends,
     /// What the leader was told last, and the activity that was the newest then.
     told: HashMap<WorkloadRef, (u32, u32, Option<u64>)>,
+    told_ports: Vec<u16>,
     holds: HashMap<u64, WorkloadRef>,
 }
 
@@ -208,10 +221,11 @@ impl Session<'_> {
                 changed.push(activity);
             }
         }
-        if changed.is_empty() && !always {
+        let ports = self.listeners.ports();
+        if changed.is_empty() && ports == self.told_ports && !always {
             return Ok(false);
         }
-        let ports = self.listeners.ports();
+        self.told_ports.clone_from(&ports);
         let mut parts = changed.chunks(PER_LINE);
         let mut part = parts.next().unwrap_or_default();
         loop {

@@ -141,8 +141,8 @@ struct Visit {
     begun: Instant,
     give_up: Instant,
     max_wait: Duration,
-    /// How long it waited, if it did, and for what.
-    waited: Option<Wait>,
+    /// What it waited for, if it did, and until how long after it came.
+    waited: Option<(Wait, Duration)>,
 }
 
 async fn forward(
@@ -208,9 +208,7 @@ async fn forward(
 impl Visit {
     /// Waits for its turn, and reads the request's body ahead meanwhile.
     async fn wait(&mut self, mut held: Held, body: &mut ReadAhead) -> Result<InFlight, Problem> {
-        if held.cold || self.waited.is_none() {
-            self.waited = Some(if held.cold { Wait::Cold } else { Wait::Busy });
-        }
+        let cold = held.cold || matches!(self.waited, Some((Wait::Cold, _)));
         let mut read_on = true;
         let verdict = timeout_at(self.give_up, async {
             loop {
@@ -232,7 +230,10 @@ impl Visit {
                 }
             }
         });
-        match verdict.await {
+        let verdict = verdict.await;
+        let wait = if cold { Wait::Cold } else { Wait::Busy };
+        self.waited = Some((wait, self.begun.elapsed()));
+        match verdict {
             Ok(Ok(Verdict::Go(in_flight))) => Ok(in_flight),
             Ok(Ok(Verdict::Failed(problem))) => Err(problem),
             Ok(Err(error)) => Err(Problem::new(
@@ -259,11 +260,11 @@ impl Visit {
         client: Option<OnUpgrade>,
         in_flight: InFlight,
     ) -> Response<Reply> {
-        let took = self.begun.elapsed().as_secs_f64();
-        if let Some(wait) = self.waited {
-            gate.metrics.held(wait, took);
+        let mut cold_ms = None;
+        if let Some((wait, held)) = self.waited {
+            gate.metrics.held(wait, held.as_secs_f64());
+            cold_ms = (wait == Wait::Cold).then_some(held.as_secs_f64() * 1000.0);
         }
-        let cold_ms = (self.waited == Some(Wait::Cold)).then_some(took * 1000.0);
         let mut protocol = None;
         let mut in_flight = Some(in_flight);
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
