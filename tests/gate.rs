@@ -257,7 +257,10 @@ async fn race_a_hundred_requests_at_two_gates_are_one_wake() {
     // Every change of the spec counts in the generation, so there was one.
     assert_eq!(lab.model().await.metadata.generation, Some(before + 1));
     assert_eq!(lab.wakes("Raised").await, 1);
-    println!("{} writes came too late and were tried again", lab.wakes("Conflict").await);
+    println!(
+        "{} writes came too late and were tried again",
+        lab.wakes("Conflict").await
+    );
 
     // Asleep again, and the next request wakes it again.
     lab.scale(0).await;
@@ -282,7 +285,9 @@ async fn race_a_hundred_requests_at_two_gates_are_one_wake() {
         .success()
         .unwrap();
     let answer = eventually("the wake is refused", || async {
-        let answer = timeout(Duration::from_secs(5), exchange(gate(1), GET)).await.ok()??;
+        let answer = timeout(Duration::from_secs(5), exchange(gate(1), GET))
+            .await
+            .ok()??;
         answer.contains("refuses the wake").then_some(answer)
     })
     .await;
@@ -298,11 +303,16 @@ async fn gates_that_stop_leave_the_model_reachable_and_cut_nothing() {
     lab.scale(1).await;
     lab.place_pod(true).await;
     eventually("a request passes", || async {
-        let answer = timeout(Duration::from_secs(5), exchange(gate(1), GET)).await.ok()??;
+        let answer = timeout(Duration::from_secs(5), exchange(gate(1), GET))
+            .await
+            .ok()??;
         answer.starts_with("HTTP/1.1 200").then_some(())
     })
     .await;
-    assert_eq!(lab.slice().await, (GATES.map(str::to_owned).to_vec(), Some(20_001)));
+    assert_eq!(
+        lab.slice().await,
+        (GATES.map(str::to_owned).to_vec(), Some(20_001))
+    );
 
     lab.gates[0].kill(Signal::SIGTERM).unwrap();
     assert!(timeout(SOON, lab.gates[0].wait()).await.unwrap().success());
@@ -316,7 +326,10 @@ async fn gates_that_stop_leave_the_model_reachable_and_cut_nothing() {
     let mut answer = Vec::new();
     while !answer.ends_with(b"first\r\n") {
         let mut byte = [0];
-        timeout(SOON, streaming.read_exact(&mut byte)).await.unwrap().unwrap();
+        timeout(SOON, streaming.read_exact(&mut byte))
+            .await
+            .unwrap()
+            .unwrap();
         answer.push(byte[0]);
     }
     lab.gates[1].kill(Signal::SIGTERM).unwrap();

@@ -239,11 +239,12 @@ impl Door {
         busy
     }
 
-    /// The sleep did not come about. `false`: it was not held here.
-    pub fn resume(self: &Arc<Self>, id: u64) -> bool {
+    /// The sleep did not come about. Nothing happens where it was not held.
+    pub fn resume(self: &Arc<Self>, id: u64) {
         let held = self.state.lock().line.resume(id);
-        self.pump();
-        held
+        if held {
+            self.pump();
+        }
     }
 
     /// What the controller is told, and the time of the last activity by this gate's clock.

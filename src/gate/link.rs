@@ -88,7 +88,6 @@ pub async fn run(gate: Arc<Gate>, listeners: Arc<Listeners>, config: Config, end
             ends: &ends,
             told: HashMap::new(),
             told_ports: Vec::new(),
-            holds: HashMap::new(),
         };
         let ended = tokio::select! {
             () = ends.done.cancelled() => return,
@@ -106,7 +105,11 @@ pub async fn run(gate: Arc<Gate>, listeners: Arc<Listeners>, config: Config, end
                 let error = format!("{error:#}");
                 // Once per reason: it may take minutes until there is a controller.
                 if error != complained {
-                    tracing::warn!(to, error, "no link to the controller; nothing is put to sleep without it");
+                    tracing::warn!(
+                        to,
+                        error,
+                        "no link to the controller; nothing is put to sleep without it"
+                    );
                     complained = error;
                 }
             }
@@ -141,7 +144,6 @@ struct Session<'a> {
     /// What the leader was told last, and the activity that was the newest then.
     told: HashMap<WorkloadRef, (u32, u32, Option<u64>)>,
     told_ports: Vec<u16>,
-    holds: HashMap<u64, WorkloadRef>,
 }
 
 type Lines = mpsc::Sender<Result<Frame<Bytes>, std::convert::Infallible>>;
@@ -247,14 +249,12 @@ impl Session<'_> {
                 let known = self.told.get(&workload).and_then(|(_, _, last)| *last);
                 let busy = self.gate.door(&workload).hold(id, for_ms, known);
                 tracing::debug!(%workload, id, busy, "last look before a sleep");
-                if busy.is_none() {
-                    self.holds.insert(id, workload);
-                }
                 send(lines, &FromGate::Held { id, busy }).await
             }
             ToGate::Resume { id } => {
-                if let Some(workload) = self.holds.remove(&id) {
-                    self.gate.door(&workload).resume(id);
+                // Only the door that has this hold reacts.
+                for door in self.gate.doors() {
+                    door.resume(id);
                 }
                 Ok(())
             }

@@ -56,7 +56,7 @@ use fail_open::Sight;
 use listener::Listeners;
 use metrics::Metrics;
 use state::Gate;
-use table::{Objects, Zeros};
+use table::{Objects, Tables, Zeros};
 use wake::KubeScaler;
 
 /// A burst of watch events becomes one table.
@@ -147,7 +147,7 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
         gate.clone(),
         listeners.clone(),
         watched,
-        zeros,
+        Tables::new(zeros),
         changed,
         readiness.clone(),
     );
@@ -226,7 +226,7 @@ async fn keep_table(
     gate: Arc<Gate>,
     listeners: Arc<Listeners>,
     watched: Watched,
-    zeros: Zeros,
+    mut tables: Tables,
     mut changed: watch::Receiver<u64>,
     readiness: Readiness,
 ) {
@@ -239,7 +239,7 @@ async fn keep_table(
             stateful_sets: watched.stateful_sets.all(),
             pods: watched.sight.pods.all(),
         };
-        let table = table::build(&objects, &zeros);
+        let table = tables.build(&objects);
         let ports: BTreeSet<u16> = table.routes.keys().copied().collect();
         gate.set_table(table);
         let failed = listeners.apply(&ports).await;

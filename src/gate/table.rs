@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::apps::v1::{Deployment, StatefulSet};
 use k8s_openapi::api::core::v1::{Pod, Service, ServicePort};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::ResourceExt;
 use kube::runtime::watcher::Event;
@@ -94,6 +95,11 @@ impl Zeros {
         }
     }
 
+    /// Forgets workloads that are gone.
+    fn retain(&self, keep: impl Fn(&WorkloadRef) -> bool) {
+        self.0.lock().retain(|workload, _| keep(workload));
+    }
+
     fn of(&self, workload: &WorkloadRef) -> Option<u64> {
         self.0.lock().get(workload).copied()
     }
@@ -112,66 +118,193 @@ pub struct Objects {
     pub pods: Vec<Arc<Pod>>,
 }
 
+/// A workload as far as the table needs it.
 struct Known {
     workload: Workload,
     labels: Labels,
     settled: bool,
 }
 
-/// Makes the table.
-#[must_use]
-pub fn build(objects: &Objects, zeros: &Zeros) -> Table {
-    let mut gated: Vec<(&Service, BTreeMap<String, u16>)> = objects
-        .services
-        .iter()
-        .filter_map(|service| Some((service.as_ref(), gate_ports(service)?)))
-        .collect();
-    // Where two Services claim one port, the older keeps it.
-    gated.sort_by_key(|(service, _)| {
-        (
-            service.metadata.creation_timestamp.as_ref().map(|time| time.0),
-            service.namespace(),
-            service.name_any(),
-        )
-    });
-    let known = known(objects, &gated);
-    let mut table = Table::default();
-    for (service, ports) in gated {
-        let to = workload_of(service, &known);
-        for (key, port) in slices::ports(service) {
-            let Some(gate_port) = ports.get(&key) else {
-                continue;
+impl Known {
+    fn new(workload: Workload, observed: Option<i64>, generation: Option<i64>) -> Known {
+        Known {
+            labels: workload.template_labels(),
+            workload,
+            settled: observed >= generation,
+        }
+    }
+}
+
+/// Makes the table. What it has read of an object is kept until the object changes: most do not, from one table to
+/// the next.
+#[derive(Default)]
+pub struct Tables {
+    zeros: Zeros,
+    known: HashMap<WorkloadRef, (Option<String>, Arc<Known>)>,
+    checks: HashMap<PodUid, (Option<String>, Arc<Checks>)>,
+}
+
+impl Tables {
+    /// Tables that know of the zeros that were seen in passing.
+    #[must_use]
+    pub fn new(zeros: Zeros) -> Self {
+        Self {
+            zeros,
+            ..Self::default()
+        }
+    }
+
+    /// Makes the table of these objects.
+    pub fn build(&mut self, objects: &Objects) -> Table {
+        let mut gated: Vec<(&Service, BTreeMap<String, u16>)> = objects
+            .services
+            .iter()
+            .filter_map(|service| Some((service.as_ref(), gate_ports(service)?)))
+            .collect();
+        // Where two Services claim one port, the older keeps it.
+        gated.sort_by_key(|(service, _)| {
+            (
+                service.metadata.creation_timestamp.as_ref().map(|time| time.0),
+                service.namespace(),
+                service.name_any(),
+            )
+        });
+        let known = self.known(objects, &gated);
+        let mut table = Table::default();
+        for (service, ports) in gated {
+            let here = service
+                .metadata
+                .namespace
+                .as_deref()
+                .and_then(|name| known.get(name));
+            let to = workload_of(service, here.map_or(&[], Vec::as_slice));
+            for (key, port) in slices::ports(service) {
+                let Some(gate_port) = ports.get(&key) else {
+                    continue;
+                };
+                table.routes.entry(*gate_port).or_insert_with(|| Route {
+                    service: format!(
+                        "{}/{}",
+                        service.namespace().unwrap_or_default(),
+                        service.name_any()
+                    ),
+                    target: target(port),
+                    to: to.clone(),
+                });
+            }
+        }
+        let mut pods: HashMap<WorkloadRef, Vec<&Pod>> = table
+            .routes
+            .values()
+            .filter_map(|route| Some((route.to.clone().ok()?, Vec::new())))
+            .collect();
+        for pod in &objects.pods {
+            if pod
+                .metadata
+                .namespace
+                .as_deref()
+                .is_some_and(|name| known.contains_key(name))
+                && let Some(owner) = owner(pod)
+                && let Some(list) = pods.get_mut(&owner)
+            {
+                list.push(pod);
+            }
+        }
+        let all_checks = std::mem::take(&mut self.checks);
+        for (reference, pods) in pods {
+            let checks = pods.iter().map(|pod| self.checks_of(pod, &all_checks)).collect();
+            if let Some((_, known)) = self.known.get(&reference) {
+                let facts = facts(known, &pods, checks, self.zeros.of(&reference));
+                table.workloads.insert(reference, Arc::new(facts));
+            }
+        }
+        table
+    }
+
+    /// The workloads of the namespaces in which anything is gated, by namespace.
+    fn known<'a>(
+        &mut self,
+        objects: &Objects,
+        gated: &[(&'a Service, BTreeMap<String, u16>)],
+    ) -> HashMap<&'a str, Vec<Arc<Known>>> {
+        let mut by_namespace: HashMap<&str, Vec<Arc<Known>>> = gated
+            .iter()
+            .filter_map(|(service, _)| Some((service.metadata.namespace.as_deref()?, Vec::new())))
+            .collect();
+        let mut before = std::mem::take(&mut self.known);
+        for object in &objects.deployments {
+            let status = object.status.as_ref();
+            let read = || {
+                let observed = status.and_then(|status| status.observed_generation);
+                Known::new(object.workload(), observed, object.metadata.generation)
             };
-            table.routes.entry(*gate_port).or_insert_with(|| Route {
-                service: format!(
-                    "{}/{}",
-                    service.namespace().unwrap_or_default(),
-                    service.name_any()
-                ),
-                target: target(port),
-                to: to.clone(),
-            });
+            self.remember(
+                WorkloadKind::Deployment,
+                &object.metadata,
+                read,
+                &mut before,
+                &mut by_namespace,
+            );
         }
-    }
-    let mut pods: HashMap<WorkloadRef, Vec<&Pod>> = table
-        .routes
-        .values()
-        .filter_map(|route| Some((route.to.clone().ok()?, Vec::new())))
-        .collect();
-    for pod in &objects.pods {
-        if let Some(owner) = owner(pod)
-            && let Some(list) = pods.get_mut(&owner)
-        {
-            list.push(pod);
+        for object in &objects.stateful_sets {
+            let status = object.status.as_ref();
+            let read = || {
+                let observed = status.and_then(|status| status.observed_generation);
+                Known::new(object.workload(), observed, object.metadata.generation)
+            };
+            self.remember(
+                WorkloadKind::StatefulSet,
+                &object.metadata,
+                read,
+                &mut before,
+                &mut by_namespace,
+            );
         }
+        self.zeros.retain(|workload| self.known.contains_key(workload));
+        by_namespace
     }
-    for (reference, pods) in pods {
-        if let Some(known) = known.iter().find(|known| known.workload.reference == reference) {
-            let facts = facts(known, &pods, zeros.of(&reference));
-            table.workloads.insert(reference, Arc::new(facts));
-        }
+
+    fn remember(
+        &mut self,
+        kind: WorkloadKind,
+        metadata: &ObjectMeta,
+        read: impl FnOnce() -> Known,
+        before: &mut HashMap<WorkloadRef, (Option<String>, Arc<Known>)>,
+        by_namespace: &mut HashMap<&str, Vec<Arc<Known>>>,
+    ) {
+        let (Some(namespace), Some(name)) = (&metadata.namespace, &metadata.name) else {
+            return;
+        };
+        let Some(list) = by_namespace.get_mut(namespace.as_str()) else {
+            return;
+        };
+        let reference = WorkloadRef {
+            kind,
+            namespace: namespace.clone(),
+            name: name.clone(),
+        };
+        let version = &metadata.resource_version;
+        let known = match before.remove(&reference) {
+            Some((at, known)) if at == *version => known,
+            _ => Arc::new(read()),
+        };
+        list.push(known.clone());
+        self.known.insert(reference, (version.clone(), known));
     }
-    table
+
+    fn checks_of(
+        &mut self,
+        pod: &Pod,
+        before: &HashMap<PodUid, (Option<String>, Arc<Checks>)>,
+    ) -> (PodUid, Arc<Checks>) {
+        let (uid, version) = (uid(pod), pod.resource_version());
+        let checks = match before.get(&uid) {
+            Some((at, checks)) if *at == version => checks.clone(),
+            _ => Arc::new(Checks::of(pod)),
+        };
+        self.checks.insert(uid.clone(), (version, checks.clone()));
+        (uid, checks)
+    }
 }
 
 /// The gate ports of a Service that goes through the gates.
@@ -209,37 +342,8 @@ fn target(port: &ServicePort) -> Target {
     }
 }
 
-/// The workloads of the namespaces in which anything is gated.
-fn known(objects: &Objects, gated: &[(&Service, BTreeMap<String, u16>)]) -> Vec<Known> {
-    let here = |namespace: Option<String>| gated.iter().any(|(service, _)| service.namespace() == namespace);
-    let settled = |observed: Option<i64>, generation: Option<i64>| observed >= generation;
-    let make = |workload: Workload, settled: bool| Known {
-        labels: workload.template_labels(),
-        workload,
-        settled,
-    };
-    let deployments = objects
-        .deployments
-        .iter()
-        .filter(|d| here(d.namespace()))
-        .map(|d| {
-            let observed = d.status.as_ref().and_then(|s| s.observed_generation);
-            make(d.workload(), settled(observed, d.metadata.generation))
-        });
-    let stateful_sets = objects
-        .stateful_sets
-        .iter()
-        .filter(|s| here(s.namespace()))
-        .map(|s| {
-            let observed = s.status.as_ref().and_then(|s| s.observed_generation);
-            make(s.workload(), settled(observed, s.metadata.generation))
-        });
-    deployments.chain(stateful_sets).collect()
-}
-
 /// The workload behind a Service. One that Ebb does not manage any more is still served while the Service leads here.
-fn workload_of(service: &Service, known: &[Known]) -> Result<WorkloadRef, String> {
-    let namespace = service.namespace().unwrap_or_default();
+fn workload_of(service: &Service, known: &[Arc<Known>]) -> Result<WorkloadRef, String> {
     let mut facts = service_facts(service);
     facts.mode = None;
     let matching = |managed_only: bool| {
@@ -247,7 +351,6 @@ fn workload_of(service: &Service, known: &[Known]) -> Result<WorkloadRef, String
             facts,
             known
                 .iter()
-                .filter(|k| k.workload.reference.namespace == namespace)
                 .filter(|k| !managed_only || k.workload.managed().is_some())
                 .map(|k| (&k.workload.reference, &k.labels)),
         )
@@ -288,7 +391,7 @@ fn owner(pod: &Pod) -> Option<WorkloadRef> {
     })
 }
 
-fn facts(known: &Known, pods: &[&Pod], zero: Option<u64>) -> Facts {
+fn facts(known: &Known, pods: &[&Pod], checks: BTreeMap<PodUid, Arc<Checks>>, zero: Option<u64>) -> Facts {
     let workload = &known.workload;
     let settings = workload.managed();
     let version = workload.resource_version.parse::<u64>().ok();
@@ -309,10 +412,7 @@ fn facts(known: &Known, pods: &[&Pod], zero: Option<u64>) -> Facts {
         resource_version: workload.resource_version.clone(),
         wake_to: settings.map_or(1, |settings| settings.min_replicas.0.max(1)),
         max_wait: settings.map_or(UNMANAGED_MAX_WAIT, |settings| settings.max_wait.0),
-        checks: pods
-            .iter()
-            .map(|pod| (uid(pod), Arc::new(Checks::of(pod))))
-            .collect(),
+        checks,
     }
 }
 

@@ -66,7 +66,7 @@ fn objects() -> Objects {
 
 #[test]
 fn each_port_of_a_gated_service_leads_to_its_workload() {
-    let table = build(&objects(), &Zeros::default());
+    let table = Tables::default().build(&objects());
     assert_eq!(
         table.routes.keys().copied().collect::<Vec<_>>(),
         [20001, 20002],
@@ -90,14 +90,14 @@ fn each_port_of_a_gated_service_leads_to_its_workload() {
 fn a_service_without_the_key_is_none_of_the_gates_business() {
     let mut objects = objects();
     objects.services = vec![service("m", r#"{"http": 20001}"#, json!({"app": "m"}))];
-    assert!(build(&objects, &Zeros::default()).routes.is_empty());
+    assert!(Tables::default().build(&objects).routes.is_empty());
 }
 
 #[test]
 fn what_leads_nowhere_says_why() {
     let mut objects = objects();
     objects.deployments.clear();
-    let table = build(&objects, &Zeros::default());
+    let table = Tables::default().build(&objects);
     assert!(
         table.routes[&20001]
             .to
@@ -113,7 +113,7 @@ fn a_workload_that_ebb_left_is_still_served_but_not_woken() {
     let mut left = deployment("m", 0, "40");
     left.metadata.annotations = None;
     objects.deployments = vec![Arc::new(left)];
-    let table = build(&objects, &Zeros::default());
+    let table = Tables::default().build(&objects);
     let workload = table.routes[&20001].to.clone().unwrap();
     assert!(!table.workloads[&workload].seen.wakeable);
 }
@@ -129,7 +129,7 @@ fn adversarial_gate_ports_that_cannot_be_read_open_nothing() {
         r#"{"http": -1}"#,
     ] {
         objects.services = vec![gated("m", text)];
-        assert!(build(&objects, &Zeros::default()).routes.is_empty(), "{text}");
+        assert!(Tables::default().build(&objects).routes.is_empty(), "{text}");
     }
 }
 
@@ -141,7 +141,28 @@ fn a_zero_that_passed_is_remembered() {
     hook(&Event::Apply(deployment("m", 1, "71")));
     let mut objects = objects();
     objects.deployments = vec![Arc::new(deployment("m", 1, "71"))];
-    let table = build(&objects, &zeros);
+    let table = Tables::new(zeros).build(&objects);
     let facts = table.workloads.values().next().unwrap();
     assert_eq!((facts.seen.desired, facts.seen.zero_version), (1, Some(70)));
+}
+
+#[test]
+fn what_changed_is_read_again_and_what_is_gone_is_forgotten() {
+    let mut tables = Tables::default();
+    let mut objects = objects();
+    tables.build(&objects);
+    objects.deployments = vec![Arc::new(deployment("m", 1, "41"))];
+    let mut moved = pod("m-1", "m-abc", "abc").as_ref().clone();
+    moved.metadata.resource_version = Some("51".to_owned());
+    moved.metadata.deletion_timestamp = serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap();
+    objects.pods = vec![Arc::new(moved)];
+    let table = tables.build(&objects);
+    let facts = table.workloads.values().next().unwrap();
+    assert_eq!(facts.seen.desired, 1);
+    assert!(facts.seen.pods[0].terminating);
+    objects.pods.clear();
+    objects.deployments.clear();
+    let table = tables.build(&objects);
+    assert!(table.workloads.is_empty());
+    assert!(tables.known.is_empty() && tables.checks.is_empty());
 }
