@@ -14,7 +14,7 @@ use crate::plan::gating::Labels;
 /// Label by which gate pods are found.
 const NAME_LABEL: &str = "app.kubernetes.io/name";
 
-/// All workloads that Ebb manages, those with unreadable settings included: they may be asleep.
+/// All workloads that Ebb manages, as the webhook and the gates understand it: with settings that can be read.
 #[must_use]
 pub fn managed(view: &View) -> Vec<Workload> {
     let deployments = view.deployments.all();
@@ -29,9 +29,11 @@ pub fn managed(view: &View) -> Vec<Workload> {
                 .filter(|object| is_managed(object.as_ref()))
                 .map(|object| object.workload()),
         )
+        .filter(|workload| workload.managed().is_some())
         .collect()
 }
 
+// Looked at before the whole object is read.
 fn is_managed(object: &impl ResourceExt) -> bool {
     object.meta().deletion_timestamp.is_none()
         && object

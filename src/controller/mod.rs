@@ -1,4 +1,16 @@
 //! The process that holds webhook, extender and reconcilers, and leads by Lease.
+//!
+//! ```text
+//!                 ┌ every replica ─────────────────────────────┐   ┌ the leader ────────────┐
+//!  API server ───▶│ 9443 webhook        view (reflectors) ─────┼──▶│ workloads   sleep, n→m │──▶ scale
+//!  scheduler ────▶│ 9444 extender  ◀─ ledger ◀┘                │   │ services    slices     │──▶ slices, Services
+//!  gates ────────▶│ 9445 link (leads, or says who does) ───────┼──▶│ nodes       release    │──▶ Nodes, provider
+//!                 │ 8080 health, metrics                       │   │ policies    adopt      │──▶ annotations
+//!                 └────────────────────────────────────────────┘   └────────────────────────┘
+//! ```
+//!
+//! Everything starts in one order: client, certificates, view, servers, Lease. It stops in the other: the reconcilers
+//! finish their pass, the Lease is given back, and the servers finish what they have accepted.
 
 mod conditions;
 mod facts;
@@ -7,22 +19,239 @@ mod headless;
 mod link;
 mod metrics;
 mod nodes;
+//POLICIES mod policies;
 mod reach;
 mod reconcile;
 mod services;
 mod tokens;
 mod workloads;
 
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+
+use self::gates::Gates;
+use self::link::LinkServer;
+use self::metrics::Metrics;
+use self::nodes::Unplaceable;
+use self::reconcile::{Context, drive};
+use self::tokens::Tokens;
+use crate::api::names;
+use crate::cluster::client;
+use crate::cluster::events::Events;
+use crate::cluster::view::{Hooks, View};
+use crate::serve::certificates::Certificates;
+use crate::serve::health::{self, Readiness};
+use crate::serve::lease::{self, Holder, LeaderState, Leadership};
+use crate::serve::{ca_bundle, https};
 
 /// Arguments of the process.
 #[derive(Debug, clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// Address of this pod; every server listens on it, and the other replicas find this one by it.
+    #[arg(long, env = "POD_IP")]
+    pub listen_ip: IpAddr,
+    /// Name of this pod.
+    #[arg(long, env = "POD_NAME")]
+    pub pod_name: String,
+    /// Namespace that Ebb runs in.
+    #[arg(long, env = "POD_NAMESPACE", default_value = names::NAMESPACE)]
+    pub namespace: String,
+    /// Port of the admission webhook (TLS).
+    #[arg(long, default_value_t = 9443)]
+    pub webhook_port: u16,
+    /// Port of the scheduler extender (mutual TLS).
+    #[arg(long, default_value_t = 9444)]
+    pub extender_port: u16,
+    /// Port that the gates dial (TLS); the same on every replica.
+    #[arg(long, default_value_t = 9445)]
+    pub link_port: u16,
+    /// Port of /healthz, /readyz and /metrics (plain HTTP).
+    #[arg(long, default_value_t = 8080)]
+    pub health_port: u16,
+}
+
+/// After the Lease is given back, endpoints and the webhook's callers get this long to look elsewhere before the servers
+/// stop taking connections.
+const LINGER: Duration = Duration::from_secs(2);
 
 /// Runs until `shutdown` is cancelled, then finishes what it holds.
 ///
 /// # Errors
 /// When it cannot start, with what to do about it.
-pub async fn run(_args: Args, _shutdown: CancellationToken) -> anyhow::Result<()> {
-    anyhow::bail!("not built yet")
+pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let mut registry = Registry::default();
+    let metrics = Metrics::new(&mut registry);
+    let lease_metrics = lease::Metrics::new(&mut registry);
+    let readiness = Readiness::waiting("starting");
+    // Watches, writers and servers end only after the Lease is given back, not with the signal.
+    let end = CancellationToken::new();
+    let _end = end.clone().drop_guard();
+
+    let client = client::connect().await?;
+    let health = SocketAddr::new(args.listen_ip, args.health_port);
+    let certificates = started(
+        "certificates",
+        Certificates::start(client.clone(), &args.namespace, end.clone()),
+        &shutdown,
+    )
+    .await?;
+    let Some(certificates) = certificates else {
+        return Ok(());
+    };
+    tokio::spawn(ca_bundle::keep(client.clone(), certificates.ca(), end.clone()));
+    let view = started("view", View::start(client.clone(), Hooks::default(), end.clone()), &shutdown).await?;
+    let Some(view) = view else {
+        return Ok(());
+    };
+    let events = Events::start(client.clone(), args.pod_name.clone(), end.clone());
+    let me = Holder {
+        pod: args.pod_name.clone(),
+        ip: args.listen_ip,
+    };
+    let stop_leading = CancellationToken::new();
+    let (leadership, lease) = Leadership::start(
+        client.clone(),
+        &args.namespace,
+        me,
+        lease::Times::default(),
+        lease_metrics,
+        stop_leading.clone(),
+    );
+
+    let mut servers = JoinSet::new();
+    let gates = Gates::default();
+    let link = link::router(Arc::new(LinkServer {
+        gates: gates.clone(),
+        tokens: Tokens::new(client.clone(), &args.namespace),
+        leadership: leadership.clone(),
+        port: args.link_port,
+        metrics: metrics.clone(),
+        shutdown: end.clone(),
+    }));
+    let listener = listen(&args, args.link_port, "the gates").await?;
+    let limits = https::Limits::default();
+    servers.spawn(https::serve_https(listener, certificates.server(), link, limits, end.clone()));
+    let registry = Arc::new(registry);
+    let (told, stop) = (readiness.clone(), end.clone());
+    servers.spawn(async move {
+        if let Err(error) = health::serve(health, told, registry, stop).await {
+            tracing::error!(error = format!("{error:#}"), "health and metrics are not served");
+        }
+    });
+    readiness.ready();
+    tracing::info!(ip = %args.listen_ip, "serving");
+
+    let context = Context {
+        client,
+        view,
+        gates,
+        events,
+        leadership,
+        metrics,
+        namespace: args.namespace.clone().into(),
+        since: Instant::now(),
+    };
+    lead(context, &shutdown).await;
+
+    readiness.not_ready("stopping");
+    stop_leading.cancel();
+    lease.await.context("the Lease's keeper failed")?;
+    tokio::time::sleep(LINGER).await;
+    end.cancel();
+    while servers.join_next().await.is_some() {}
+    Ok(())
+}
+
+/// Waits for a part to start, unless the process is told to stop meanwhile: then `None`.
+async fn started<T>(
+    part: &str,
+    start: impl Future<Output = anyhow::Result<T>>,
+    shutdown: &CancellationToken,
+) -> anyhow::Result<Option<T>> {
+    tokio::select! {
+        result = start => Ok(Some(result.with_context(|| format!("cannot start: {part}"))?)),
+        () = shutdown.cancelled() => Ok(None),
+    }
+}
+
+async fn listen(args: &Args, port: u16, whom: &str) -> anyhow::Result<TcpListener> {
+    let address = SocketAddr::new(args.listen_ip, port);
+    TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot listen on {address} for {whom}"))
+}
+
+/// Reconciles whenever this process leads, until `shutdown`.
+async fn lead(context: Context, shutdown: &CancellationToken) {
+    let mut state = context.leadership.state();
+    while !shutdown.is_cancelled() {
+        let leading = |state: &LeaderState| matches!(state, LeaderState::Leading { .. });
+        tokio::select! {
+            result = state.wait_for(leading) => if result.is_err() {
+                return;
+            },
+            () = shutdown.cancelled() => return,
+        }
+        let stop = shutdown.child_token();
+        let context = Context {
+            since: Instant::now(),
+            ..context.clone()
+        };
+        let mut reconcilers = reconcilers(&context, &stop);
+        tokio::select! {
+            _ = state.wait_for(|state| !leading(state)) => {}
+            () = shutdown.cancelled() => {}
+            // None ends by itself, so one that did has failed: leading without it would be worse than not leading.
+            ended = reconcilers.join_next() => {
+                tracing::error!(?ended, "a reconciler failed; this process ends");
+                shutdown.cancel();
+            }
+        }
+        stop.cancel();
+        while reconcilers.join_next().await.is_some() {}
+    }
+}
+
+fn reconcilers(context: &Context, stop: &CancellationToken) -> JoinSet<()> {
+    let mut running = JoinSet::new();
+    let unplaceable = Unplaceable::default();
+    let (view, gates, metrics) = (&context.view, &context.gates, &context.metrics);
+    running.spawn(drive(
+        services::Services::new(context.clone()),
+        metrics.clone(),
+        vec![view.changed.clone(), gates.links_changed()],
+        stop.clone(),
+    ));
+    running.spawn(drive(
+        workloads::Workloads::new(context.clone(), unplaceable.clone()),
+        metrics.clone(),
+        vec![
+            view.changed.clone(),
+            gates.links_changed(),
+            gates.activity_changed(),
+            unplaceable.changed(),
+        ],
+        stop.clone(),
+    ));
+    running.spawn(drive(
+        nodes::Nodes::new(context.clone(), unplaceable),
+        metrics.clone(),
+        vec![view.changed.clone()],
+        stop.clone(),
+    ));
+    /*POLICIES running.spawn(drive(
+        policies::Policies::new(context.clone()),
+        metrics.clone(),
+        vec![view.changed.clone()],
+        stop.clone(),
+    ));*/
+    running
 }

@@ -58,6 +58,9 @@ enum Action {
 pub struct Services {
     context: Context,
     backoff: Backoff<String>,
+    /// Services whose key or ports were written and are still to be seen: the webhook may see things otherwise for a
+    /// moment and undo them, which nothing would tell.
+    written: Backoff<String>,
     told: HashMap<String, String>,
     ungated: HashMap<String, Instant>,
 }
@@ -78,6 +81,7 @@ impl Services {
         Self {
             context,
             backoff: Backoff::default(),
+            written: Backoff::default(),
             told: HashMap::new(),
             ungated: HashMap::new(),
         }
@@ -327,8 +331,15 @@ impl Reconciler for Services {
             if !self.backoff.open(&id) {
                 continue;
             }
-            let (actions, again) = self.plan(service, decided, &facts);
+            let (mut actions, again) = self.plan(service, decided, &facts);
             next = sooner(next, again);
+            if !actions.iter().any(|action| matches!(action, Action::Patch { .. })) {
+                self.written.went_well(&id);
+            } else if self.written.open(&id) {
+                self.written.failed(&id);
+            } else {
+                actions.retain(|action| !matches!(action, Action::Patch { .. }));
+            }
             if !actions.is_empty() {
                 due.push((id, actions));
             }
@@ -362,7 +373,8 @@ impl Reconciler for Services {
             }
         }
         self.backoff.forget_old();
-        sooner(next, self.backoff.next())
+        self.written.forget_old();
+        sooner(next, sooner(self.backoff.next(), self.written.next()))
     }
 }
 
