@@ -1,9 +1,11 @@
+//! The line's promises, by example and for anything that can happen to it.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 
+use super::line::PARDON_MS;
 use super::*;
 
 const LIMITS: Limits = Limits {
