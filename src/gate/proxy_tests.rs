@@ -712,3 +712,69 @@ async fn nothing_is_read_of_a_body_that_the_replica_does_not_take() {
     }
     assert!(taken > 0);
 }
+
+#[tokio::test]
+async fn prior_knowledge_http2_goes_on_as_http2_with_its_trailers() {
+    use futures::StreamExt;
+    use http_body_util::{BodyExt, StreamBody};
+    use hyper::body::{Frame, Incoming};
+    use hyper_util::rt::{TokioExecutor, TokioIo};
+
+    let mut bench = Bench::start().await;
+    let (listener, address) = backend().await;
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let service = hyper::service::service_fn(|request: http::Request<Incoming>| async move {
+                assert_eq!(request.version(), http::Version::HTTP_2);
+                assert_eq!(request.uri().authority().unwrap(), "model.example");
+                assert_eq!(request.headers()["te"], "trailers");
+                // An echo, and the status at the end, as gRPC has it.
+                let data = request.into_body().into_data_stream();
+                let frames = data.map(|data| data.map(Frame::data));
+                let mut trailers = http::HeaderMap::new();
+                trailers.insert("grpc-status", "0".parse().unwrap());
+                let end = futures::stream::once(async { Ok(Frame::trailers(trailers)) });
+                Ok::<_, hyper::Error>(http::Response::new(StreamBody::new(frames.chain(end))))
+            });
+            tokio::spawn(
+                hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                    .serve_connection(TokioIo::new(stream), service),
+            );
+        }
+    });
+    bench.show(0, address.port(), &[]);
+    let stream = bench.connect().await;
+    let (mut client, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+            .await
+            .unwrap();
+    tokio::spawn(connection);
+    let (say, said) = tokio::sync::mpsc::channel::<Result<Frame<bytes::Bytes>, std::io::Error>>(4);
+    let request = http::Request::post("http://model.example/inference.Call/Stream")
+        .header("te", "trailers")
+        .body(StreamBody::new(tokio_stream::wrappers::ReceiverStream::new(said)))
+        .unwrap();
+    say.send(Ok(Frame::data("one".into()))).await.unwrap();
+    let answer = tokio::spawn(async move { client.send_request(request).await.unwrap() });
+    bench.until_counts((0, 1)).await;
+    bench.show_one(1, address);
+    let mut answer = timeout(SOON, answer).await.unwrap().unwrap();
+    assert!(answer.headers().contains_key("server-timing"));
+    let first = timeout(SOON, answer.body_mut().frame())
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+    assert_eq!(first.into_data().unwrap(), "one");
+    assert_eq!(bench.counts(), (1, 0));
+    say.send(Ok(Frame::data("two".into()))).await.unwrap();
+    drop(say);
+    let rest = timeout(SOON, answer.into_body().collect())
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(rest.trailers().unwrap()["grpc-status"], "0");
+    assert_eq!(rest.to_bytes(), "two");
+    bench.until_counts((0, 0)).await;
+}

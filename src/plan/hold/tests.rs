@@ -224,7 +224,7 @@ fn a_refused_connection_puts_the_request_back_at_its_old_place() {
     line.again(first, &grant, port(), Bytes(1));
     assert_eq!(line.in_flight(), 0);
     assert_eq!(line.next(1), None);
-    assert_eq!(line.wants().reach, [grant.clone()]);
+    assert_eq!(line.wants().reach, std::slice::from_ref(&grant));
     line.reached(&grant);
     assert_eq!(line.next(1).unwrap().0, first);
     assert_eq!(line.next(1).unwrap().0, second);
