@@ -2,11 +2,13 @@
 //! a simulator and the controller call the very same functions; `tests/layers.rs` guards that.
 
 pub mod autoscale;
+pub mod balance;
 pub mod endpoints;
 pub mod gate_ports;
 pub mod gating;
 pub mod ledger;
 pub mod placement;
+pub mod hold;
 pub mod nodes_wanted;
 pub mod release;
 pub mod room;
