@@ -14,6 +14,7 @@ use super::scale_policy::PolicyStatus;
     group = "ebb.dev",
     version = "v1alpha1",
     kind = "NodePolicy",
+    doc = "A group of nodes that one provider object adds and removes, and when Ebb may release or ask for one.",
     status = "PolicyStatus",
     shortname = "np",
     category = "ebb",
@@ -87,7 +88,10 @@ pub struct NodeShape {
     #[schemars(range(min = 1, max = 64))]
     pub gpus: u32,
     /// Memory that each GPU offers to pods, as a quantity (`24Gi`).
-    #[schemars(length(min = 1, max = 32))]
+    #[schemars(length(min = 1, max = 32), extend("x-kubernetes-validations" = [{
+        "rule": "isQuantity(self)",
+        "message": "gpuMemory must be a quantity, as 24Gi",
+    }]))]
     pub gpu_memory: String,
     /// Labels that a new node carries; pods with a nodeSelector are held against them.
     #[serde(default)]
