@@ -59,13 +59,17 @@ pub struct NodePolicySpec {
 
 /// Who adds and removes nodes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[schemars(extend("x-kubernetes-validations" = [{
+    "rule": "self.kind != 'http' || size(self.url) > 0",
+    "message": "the http provider needs a url, as http://nodes.example:8080",
+}]))]
 #[serde(rename_all = "camelCase")]
 pub struct Provider {
     /// The provider's kind.
     pub kind: ProviderKind,
     /// Base URL of the `http` provider, as `http://nodes.example:8080`.
     #[serde(default)]
-    #[schemars(length(max = 2048), regex(pattern = "^https?://"))]
+    #[schemars(length(max = 2048), regex(pattern = "^(https?://.+)?$"))]
     pub url: String,
     /// Name of the group at the provider.
     #[schemars(length(min = 1, max = 253))]
