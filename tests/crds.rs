@@ -120,7 +120,11 @@ async fn admit_good_policies_and_refuse_bad_ones() {
         ("24Gi", "lots", "gpuMemory must be a quantity"),
         ("http://nodes:8080", "ftp://nodes", "spec.provider.url"),
         ("kind: http", "kind: dance", "spec.provider.kind"),
-        (", url: \"http://nodes:8080\"", "", "the http provider needs a url"),
+        (
+            ", url: \"http://nodes:8080\"",
+            "",
+            "the http provider needs a url",
+        ),
         ("gpus: 1", "gpus: 0", "spec.node.gpus"),
     ] {
         let bad = apply(NODE_POLICY.replace("NAME", "bad").replace(from, to)).await;
