@@ -5,6 +5,7 @@ pub mod autoscale;
 pub mod balance;
 pub mod endpoints;
 pub mod gate_ports;
+pub mod admission;
 pub mod gating;
 pub mod ledger;
 pub mod placement;
