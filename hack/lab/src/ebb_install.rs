@@ -1,0 +1,326 @@
+//! A whole cluster with Ebb on it: control plane, nodes, a node group, and Ebb installed from `manifests/`
+//! as anybody would, by `kubectl apply`. The demo, the benchmarks and the end-to-end tests start here.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use k8s_openapi::api::admissionregistration::v1::MutatingWebhookConfiguration;
+use k8s_openapi::api::core::v1::Service;
+use kube::{Api, Client};
+use serde_json::Value;
+use tokio::io::AsyncWriteExt as _;
+use tokio::process::Command;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::cluster::Cluster;
+use crate::demo::observe::Observer;
+use crate::group::{Failure, Group, GroupSpec};
+use crate::node::{Images, NodeSpec, Nodes, Options, lab_program};
+
+/// The namespace that Ebb is installed into.
+pub const EBB: &str = "ebb-system";
+/// The namespace of the sample models.
+pub const MODELS: &str = "models";
+/// Three models: plain Deployments and Services.
+pub const SAMPLE_MODELS: &str = include_str!("../samples/models.yaml");
+/// A ScalePolicy for them and a NodePolicy for the node group.
+pub const SAMPLE_POLICIES: &str = include_str!("../samples/policies.yaml");
+/// Where the node group's API listens, as the sample NodePolicy says.
+const GROUP_API: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::new(10, 77, 0, 2)), 8090);
+/// Longest wait for a `kubectl` command; the longest is the installation.
+const KUBECTL_LIMIT: Duration = Duration::from_secs(60);
+
+/// What a site is made of.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The `ebb` program.
+    pub ebb: PathBuf,
+    /// The repository's root, where `manifests/` is.
+    pub root: PathBuf,
+    /// GPU nodes that are there from the start.
+    pub gpu_nodes: usize,
+    /// GPUs of each of them.
+    pub gpus: u32,
+    /// The most nodes the group has.
+    pub most_nodes: usize,
+    /// From being asked for a node until it registers.
+    pub boot_time: Duration,
+}
+
+impl Plan {
+    /// The usual site, for the `ebb` program at `ebb`.
+    pub fn new(ebb: impl Into<PathBuf>) -> Self {
+        Self {
+            ebb: ebb.into(),
+            root: root(),
+            gpu_nodes: 1,
+            gpus: 2,
+            most_nodes: 3,
+            boot_time: Duration::from_millis(2500),
+        }
+    }
+}
+
+/// The root of the repository that this program was built from.
+pub fn root() -> PathBuf {
+    let lab = Path::new(env!("CARGO_MANIFEST_DIR"));
+    lab.ancestors().nth(2).unwrap_or(lab).to_owned()
+}
+
+/// The `ebb` program that was built beside this one.
+///
+/// # Errors
+/// Says how to build it.
+pub fn ebb_program() -> anyhow::Result<PathBuf> {
+    let ebb = lab_program()?.with_file_name("ebb");
+    anyhow::ensure!(
+        ebb.is_file(),
+        "no `ebb` program at {}: run `cargo build --workspace`",
+        ebb.display()
+    );
+    Ok(ebb)
+}
+
+/// A cluster with nodes. Dropping it ends all of it.
+pub struct Site {
+    /// What it was made of.
+    pub plan: Plan,
+    /// The nodes, the group's included.
+    pub nodes: Arc<Nodes>,
+    /// The node group.
+    pub group: Group,
+    /// What the API server says.
+    pub observer: Observer,
+    /// Somebody who may do everything.
+    pub client: Client,
+    /// The group's journal.
+    pub journal: PathBuf,
+    _group_api: AbortOnDropHandle<()>,
+    // Last, so that nodes and watches end before the API server does.
+    cluster: Cluster,
+}
+
+impl Site {
+    /// Brings up a control plane, a system node and the group's first GPU nodes.
+    ///
+    /// # Errors
+    /// Says what did not come up, and where its log is.
+    pub async fn start(plan: Plan) -> anyhow::Result<Self> {
+        let cluster = Cluster::start().await?;
+        let client = cluster.client().await?;
+        let observer = Observer::start(&client);
+        let images = Images::default();
+        images.insert("ebb:dev", &plan.ebb);
+        images.insert("lab/model:1", lab_program()?);
+        for version in ["v1.36.3"] {
+            images.insert(
+                format!("registry.k8s.io/kube-scheduler:{version}"),
+                cluster.program("kube-scheduler"),
+            );
+        }
+        let options = Options::new(cluster.dir(), images)?;
+        let nodes = Arc::new(Nodes::start(client.clone(), options).await?);
+        nodes.add(NodeSpec::system("system-1")).await?;
+        let journal = cluster.dir().join("group.journal");
+        let group = Group::start(
+            Arc::clone(&nodes),
+            GroupSpec {
+                name: "gpu".to_owned(),
+                max: plan.most_nodes,
+                boot_time: plan.boot_time,
+                template: NodeSpec::gpu("", plan.gpus, 24 << 30, "NVIDIA L4"),
+                journal: Some(journal.clone()),
+                failure: Failure::None,
+            },
+        )?;
+        let listener = tokio::net::TcpListener::bind(GROUP_API).await;
+        let listener = listener.with_context(|| format!("listening on {GROUP_API} for the node group"))?;
+        let router = group.router();
+        let api = tokio::spawn(async move {
+            if let Err(error) = axum::serve(listener, router).await {
+                tracing::error!(%error, "the node group's API stopped");
+            }
+        });
+        for _ in 0..plan.gpu_nodes {
+            group.add_now().await?;
+        }
+        Ok(Self {
+            plan,
+            nodes,
+            group,
+            observer,
+            client,
+            journal,
+            _group_api: AbortOnDropHandle::new(api),
+            cluster,
+        })
+    }
+
+    /// Folder of everything the site writes: logs, state, journal.
+    pub fn dir(&self) -> &Path {
+        self.cluster.dir()
+    }
+
+    /// Keeps that folder when the site ends.
+    pub fn keep_dir(&mut self) {
+        self.cluster.keep_dir();
+    }
+
+    /// Installs Ebb from the manifests and waits until it is at work.
+    ///
+    /// # Errors
+    /// Says which part did not become ready.
+    pub async fn install_ebb(&self) -> anyhow::Result<()> {
+        let manifests = self.plan.root.join("manifests");
+        let manifests = manifests.to_string_lossy();
+        // A kind and its objects cannot be made by one call: the second one finds what the first one made.
+        self.kubectl(&["apply", "-f", &format!("{manifests}/crds.yaml")]).await?;
+        self.kubectl(&["wait", "--for=condition=Established", "--timeout=30s", "-f", &format!("{manifests}/crds.yaml")])
+            .await?;
+        self.kubectl(&["apply", "-f", &manifests]).await?;
+        self.observer.follow_gpu_nodes(&self.client);
+        self.ebb_ready(Duration::from_secs(60)).await
+    }
+
+    /// Waits until Ebb's Deployments are available and its webhooks are trusted by the API server.
+    ///
+    /// # Errors
+    /// When they are not within `limit`; says what is missing.
+    pub async fn ebb_ready(&self, limit: Duration) -> anyhow::Result<()> {
+        let names = ["ebb-controller", "ebb-gate", "ebb-scheduler"];
+        for name in names {
+            self.observer
+                .until(&format!("Deployment {EBB}/{name} is available"), limit, |state| {
+                    let deployment = state.deployments.get(&format!("{EBB}/{name}"))?;
+                    let status = deployment.status.as_ref()?;
+                    let wanted = deployment.spec.as_ref()?.replicas.unwrap_or(1);
+                    (status.available_replicas.unwrap_or(0) >= wanted).then_some(())
+                })
+                .await?;
+        }
+        let hooks = Api::<MutatingWebhookConfiguration>::all(self.client.clone());
+        let trusted = async {
+            loop {
+                let hook = hooks.get("ebb").await?;
+                let mut hooks = hook.webhooks.iter().flatten();
+                if hooks.all(|hook| hook.client_config.ca_bundle.is_some()) {
+                    return Ok::<_, kube::Error>(());
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        tokio::time::timeout(limit, trusted)
+            .await
+            .context("the webhook configuration `ebb` got no caBundle")??;
+        let gpus = self.plan.gpus as usize * self.plan.gpu_nodes;
+        self.observer
+            .until("the agents published their nodes' GPUs", limit, |state| {
+                let capacity = |name: &String| {
+                    let status = state.nodes.get(name)?.status.as_ref()?;
+                    status.allocatable.as_ref()?.get("ebb.dev/gpu-memory").cloned()
+                };
+                let all = state.gpu_nodes_now();
+                (state.usable.len() >= gpus && all.iter().all(|name| capacity(name).is_some())).then_some(())
+            })
+            .await
+    }
+
+    /// Runs `kubectl`; what it printed.
+    ///
+    /// # Errors
+    /// When it fails, with what it said.
+    pub async fn kubectl(&self, args: &[&str]) -> anyhow::Result<String> {
+        let output = self.kubectl_output(args, None).await?;
+        anyhow::ensure!(
+            output.status.success(),
+            "kubectl {}: {}",
+            args.join(" "),
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Runs `kubectl`, with `input` as its standard input, and gives back all it said.
+    ///
+    /// # Errors
+    /// When it cannot be started, or does not end.
+    pub async fn kubectl_output(&self, args: &[&str], input: Option<&str>) -> anyhow::Result<Output> {
+        let mut child = Command::new(self.cluster.program("kubectl"))
+            .arg("--kubeconfig")
+            .arg(self.cluster.kubeconfig())
+            .args(args)
+            // Its caches must not outlive the site.
+            .env("HOME", self.dir())
+            .stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() })
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .context("starting kubectl")?;
+        if let (Some(mut stdin), Some(input)) = (child.stdin.take(), input) {
+            stdin.write_all(input.as_bytes()).await?;
+        }
+        tokio::time::timeout(KUBECTL_LIMIT, child.wait_with_output())
+            .await
+            .with_context(|| format!("kubectl {} did not end", args.join(" ")))?
+            .context("running kubectl")
+    }
+
+    /// Applies YAML.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub async fn apply(&self, yaml: &str) -> anyhow::Result<String> {
+        let output = self.kubectl_output(&["apply", "-f", "-"], Some(yaml)).await?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        anyhow::ensure!(output.status.success(), "kubectl apply: {}", said.trim());
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned() + &said)
+    }
+
+    /// The address of a Service: its ClusterIP and first port.
+    ///
+    /// # Errors
+    /// When it has none.
+    pub async fn address(&self, namespace: &str, name: &str) -> anyhow::Result<SocketAddr> {
+        let services = Api::<Service>::namespaced(self.client.clone(), namespace);
+        let spec = services.get(name).await?.spec.unwrap_or_default();
+        let ip = spec.cluster_ip.context("a Service without a ClusterIP")?;
+        let port = spec.ports.unwrap_or_default().first().map_or(80, |port| port.port);
+        Ok(SocketAddr::new(ip.parse()?, u16::try_from(port)?))
+    }
+
+    /// Calls in the group's journal, oldest first.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn journal(&self) -> anyhow::Result<Vec<Value>> {
+        let text = std::fs::read_to_string(&self.journal)?;
+        text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
+    }
+
+    /// Log files of a namespace's pods whose names start with `prefix`: pod and path.
+    pub fn logs(&self, namespace: &str, prefix: &str) -> Vec<(String, PathBuf)> {
+        let start = format!("{namespace}_{prefix}");
+        let folders = std::fs::read_dir(self.dir().join("pods")).into_iter().flatten().flatten();
+        let mut logs = Vec::new();
+        for folder in folders {
+            let name = folder.file_name().to_string_lossy().into_owned();
+            if !name.starts_with(&start) {
+                continue;
+            }
+            for file in std::fs::read_dir(folder.path()).into_iter().flatten().flatten() {
+                let path = file.path();
+                if path.extension().is_some_and(|extension| extension == "log") {
+                    let pod = name.split('_').nth(1).unwrap_or_default().to_owned();
+                    logs.push((pod, path));
+                }
+            }
+        }
+        logs.sort();
+        logs
+    }
+}
