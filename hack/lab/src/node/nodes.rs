@@ -121,6 +121,9 @@ impl Nodes {
                 .join("nvml.state")
         });
         if let (Some(file), Some(state)) = (&state_file, spec.gpu_state()) {
+            if let Some(dir) = file.parent() {
+                std::fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
+            }
             state
                 .create(file)
                 .with_context(|| format!("writing {}", file.display()))?;
