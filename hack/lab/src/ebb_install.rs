@@ -1,7 +1,9 @@
 //! A whole cluster with Ebb on it: control plane, nodes, a node group, and Ebb installed from `manifests/`
 //! as anybody would, by `kubectl apply`. The demo, the benchmarks and the end-to-end tests start here.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Not as _;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 use std::sync::Arc;
@@ -9,15 +11,17 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use k8s_openapi::api::admissionregistration::v1::MutatingWebhookConfiguration;
-use k8s_openapi::api::core::v1::Service;
-use kube::{Api, Client};
+use k8s_openapi::api::core::v1::{Pod, Service};
+use kube::{Api, Client, ResourceExt as _};
 use serde_json::Value;
 use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpStream;
 use tokio::process::Command;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::cluster::Cluster;
 use crate::demo::observe::Observer;
+use crate::demo::traffic;
 use crate::group::{Failure, Group, GroupSpec};
 use crate::node::{Images, NodeSpec, Nodes, Options, lab_program};
 
@@ -300,6 +304,97 @@ impl Site {
     pub fn journal(&self) -> anyhow::Result<Vec<Value>> {
         let text = std::fs::read_to_string(&self.journal)?;
         text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
+    }
+
+    /// When the provider was asked to remove a node, in Unix milliseconds; refused calls do not count.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub fn removals(&self, node: &str) -> anyhow::Result<Vec<u64>> {
+        let removal = |call: &Value| call["method"] == "DELETE" && call["node"] == node && call["status"] == 202;
+        let calls = self.journal()?;
+        Ok(calls.iter().filter(|call| removal(call)).filter_map(|call| call["unix_ms"].as_u64()).collect())
+    }
+
+    /// The different requests for a node that the provider accepted.
+    ///
+    /// # Errors
+    /// When the journal cannot be read.
+    pub fn additions(&self) -> anyhow::Result<BTreeSet<String>> {
+        let addition = |call: &Value| call["method"] == "POST" && call["status"] == 202;
+        let calls = self.journal()?;
+        let requests = calls.iter().filter(|call| addition(call)).filter_map(|call| call["requestId"].as_str());
+        Ok(requests.map(str::to_owned).collect())
+    }
+
+    /// Applies policies, and waits until Ebb has taken them up.
+    ///
+    /// # Errors
+    /// When they are refused or not taken up.
+    pub async fn apply_policies(&self, yaml: &str) -> anyhow::Result<()> {
+        self.apply(yaml).await?;
+        let output = self
+            .kubectl_output(&["wait", "--for=condition=Ready", "--timeout=30s", "-f", "-"], Some(yaml))
+            .await?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        anyhow::ensure!(output.status.success(), "Ebb did not take the policies up: {}", said.trim());
+        Ok(())
+    }
+
+    /// Waits until connections to an address are taken.
+    ///
+    /// # Errors
+    /// When none is within `limit`.
+    pub async fn reachable(&self, address: SocketAddr, limit: Duration) -> anyhow::Result<()> {
+        let connected = async {
+            while tokio::time::timeout(Duration::from_secs(1), TcpStream::connect(address))
+                .await
+                .is_ok_and(|connected| connected.is_ok())
+                .not()
+            {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let connected = tokio::time::timeout(limit, connected).await;
+        connected.with_context(|| format!("nothing listens at {address} after {} s", limit.as_secs()))
+    }
+
+    /// What the process of a model's pod has in its environment.
+    ///
+    /// # Errors
+    /// When it cannot be asked.
+    pub async fn environment(&self, pod: &Pod) -> anyhow::Result<Value> {
+        let ip = pod.status.as_ref().and_then(|status| status.pod_ip.as_deref());
+        let ip: IpAddr = ip.context("the pod has no address")?.parse()?;
+        let answer = traffic::send(
+            SocketAddr::new(ip, 8000),
+            http::Method::GET,
+            "/env",
+            None,
+            Duration::from_secs(10),
+        );
+        Ok(serde_json::from_slice(&answer.await?.body)?)
+    }
+
+    /// Checks that a process sees exactly the GPUs, the bytes and the share that its pod was given.
+    ///
+    /// # Errors
+    /// Says what differs.
+    pub fn check_environment(&self, pod: &Pod, environment: &Value) -> anyhow::Result<()> {
+        for (name, annotation) in [
+            ("NVIDIA_VISIBLE_DEVICES", "ebb.dev/gpu-devices"),
+            ("EBB_GPU_MEMORY_BYTES", "ebb.dev/gpu-memory-bytes"),
+            ("EBB_GPU_MEMORY_SHARE", "ebb.dev/gpu-memory-share"),
+        ] {
+            let given = pod.annotations().get(annotation).map(String::as_str);
+            let seen = environment.get(name).and_then(Value::as_str);
+            anyhow::ensure!(
+                given.is_some() && given == seen,
+                "pod {}: {name} is {seen:?} in its process, and its annotation {annotation} is {given:?}",
+                pod.name_any()
+            );
+        }
+        Ok(())
     }
 
     /// Log files of a namespace's pods whose names start with `prefix`: pod and path.

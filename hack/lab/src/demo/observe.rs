@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::apps::v1::Deployment;
@@ -39,6 +39,8 @@ pub struct Grant {
 pub struct Moment {
     /// When it was seen.
     pub at: Instant,
+    /// The same by the wall clock, to compare with what others wrote down.
+    pub unix_ms: u64,
     /// What it was.
     pub what: What,
 }
@@ -417,10 +419,10 @@ impl Observer {
                     }
                 };
                 let Some(inner) = inner.upgrade() else { return };
-                let at = Instant::now();
+                let (at, unix_ms) = (Instant::now(), unix_ms());
                 let whats = take(&mut lock(&inner.state), change, at);
                 for what in whats {
-                    let moment = Moment { at, what };
+                    let moment = Moment { at, unix_ms, what };
                     lock(&inner.state).moments.push(moment.clone());
                     lock(&inner.listeners).retain(|listener| listener.send(moment.clone()).is_ok());
                 }
@@ -481,6 +483,11 @@ enum Change<K> {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn unix_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn key<K: ResourceExt>(object: &K) -> String {
