@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Not as _;
 use std::path::{Path, PathBuf};
-use std::process::{Output, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,12 +13,10 @@ use k8s_openapi::api::admissionregistration::v1::MutatingWebhookConfiguration;
 use k8s_openapi::api::core::v1::{Pod, Service};
 use kube::{Api, Client, ResourceExt as _};
 use serde_json::Value;
-use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
-use tokio::process::Command;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::cluster::Cluster;
+use crate::cluster::{self, Cluster, Output};
 use crate::demo::observe::Observer;
 use crate::demo::traffic;
 use crate::group::{Failure, Group, GroupSpec};
@@ -33,10 +30,10 @@ pub const MODELS: &str = "models";
 pub const SAMPLE_MODELS: &str = include_str!("../samples/models.yaml");
 /// A ScalePolicy for them and a NodePolicy for the node group.
 pub const SAMPLE_POLICIES: &str = include_str!("../samples/policies.yaml");
+/// The image of the scheduler in the manifests.
+const SCHEDULER_IMAGE: &str = "registry.k8s.io/kube-scheduler:v1.36.3";
 /// Where the node group's API listens, as the sample NodePolicy says.
 const GROUP_API: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::new(10, 77, 0, 2)), 8090);
-/// Longest wait for a `kubectl` command; the longest is the installation.
-const KUBECTL_LIMIT: Duration = Duration::from_secs(60);
 
 /// What a site is made of.
 #[derive(Clone, Debug)]
@@ -114,18 +111,13 @@ impl Site {
     /// # Errors
     /// Says what did not come up, and where its log is.
     pub async fn start(plan: Plan) -> anyhow::Result<Self> {
-        let cluster = Cluster::start().await?;
-        let client = cluster.client().await?;
+        let cluster = Cluster::up(cluster::Options::default()).await?;
+        let client = cluster.client();
         let observer = Observer::start(&client);
         let images = Images::default();
         images.insert("ebb:dev", &plan.ebb);
         images.insert("lab/model:1", lab_program()?);
-        for version in ["v1.36.3"] {
-            images.insert(
-                format!("registry.k8s.io/kube-scheduler:{version}"),
-                cluster.program("kube-scheduler"),
-            );
-        }
+        images.insert(SCHEDULER_IMAGE, cluster.programs().join("kube-scheduler"));
         let options = Options::new(cluster.dir(), images)?;
         let nodes = Arc::new(Nodes::start(client.clone(), options).await?);
         nodes.add(NodeSpec::system("system-1")).await?;
@@ -182,9 +174,16 @@ impl Site {
         let manifests = self.plan.root.join("manifests");
         let manifests = manifests.to_string_lossy();
         // A kind and its objects cannot be made by one call: the second one finds what the first one made.
-        self.kubectl(&["apply", "-f", &format!("{manifests}/crds.yaml")]).await?;
-        self.kubectl(&["wait", "--for=condition=Established", "--timeout=30s", "-f", &format!("{manifests}/crds.yaml")])
+        self.kubectl(&["apply", "-f", &format!("{manifests}/crds.yaml")])
             .await?;
+        self.kubectl(&[
+            "wait",
+            "--for=condition=Established",
+            "--timeout=30s",
+            "-f",
+            &format!("{manifests}/crds.yaml"),
+        ])
+        .await?;
         self.kubectl(&["apply", "-f", &manifests]).await?;
         self.observer.follow_gpu_nodes(&self.client);
         self.ebb_ready(Duration::from_secs(60)).await
@@ -237,52 +236,26 @@ impl Site {
     ///
     /// # Errors
     /// When it fails, with what it said.
-    pub async fn kubectl(&self, args: &[&str]) -> anyhow::Result<String> {
-        let output = self.kubectl_output(args, None).await?;
-        anyhow::ensure!(
-            output.status.success(),
-            "kubectl {}: {}",
-            args.join(" "),
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    pub async fn kubectl(&self, arguments: &[&str]) -> anyhow::Result<String> {
+        let output = self.cluster.kubectl(arguments).await?.success();
+        let output = output.with_context(|| format!("kubectl {}", arguments.join(" ")))?;
+        Ok(output.stdout)
     }
 
-    /// Runs `kubectl`, with `input` as its standard input, and gives back all it said.
+    /// Runs `kubectl` with a text on its standard input, and gives back all it said.
     ///
     /// # Errors
-    /// When it cannot be started, or does not end.
-    pub async fn kubectl_output(&self, args: &[&str], input: Option<&str>) -> anyhow::Result<Output> {
-        let mut child = Command::new(self.cluster.program("kubectl"))
-            .arg("--kubeconfig")
-            .arg(self.cluster.kubeconfig())
-            .args(args)
-            // Its caches must not outlive the site.
-            .env("HOME", self.dir())
-            .stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() })
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .context("starting kubectl")?;
-        if let (Some(mut stdin), Some(input)) = (child.stdin.take(), input) {
-            stdin.write_all(input.as_bytes()).await?;
-        }
-        tokio::time::timeout(KUBECTL_LIMIT, child.wait_with_output())
-            .await
-            .with_context(|| format!("kubectl {} did not end", args.join(" ")))?
-            .context("running kubectl")
+    /// When it cannot be run or does not end.
+    pub async fn kubectl_with(&self, arguments: &[&str], input: &str) -> anyhow::Result<Output> {
+        self.cluster.kubectl_with(arguments, input).await
     }
 
-    /// Applies YAML.
+    /// Applies YAML; what was said about it.
     ///
     /// # Errors
     /// When it is refused.
-    pub async fn apply(&self, yaml: &str) -> anyhow::Result<String> {
-        let output = self.kubectl_output(&["apply", "-f", "-"], Some(yaml)).await?;
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        anyhow::ensure!(output.status.success(), "kubectl apply: {}", said.trim());
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned() + &said)
+    pub async fn apply(&self, yaml: &str) -> anyhow::Result<Output> {
+        self.cluster.apply(yaml).await
     }
 
     /// The address of a Service: its ClusterIP and first port.
@@ -293,7 +266,11 @@ impl Site {
         let services = Api::<Service>::namespaced(self.client.clone(), namespace);
         let spec = services.get(name).await?.spec.unwrap_or_default();
         let ip = spec.cluster_ip.context("a Service without a ClusterIP")?;
-        let port = spec.ports.unwrap_or_default().first().map_or(80, |port| port.port);
+        let port = spec
+            .ports
+            .unwrap_or_default()
+            .first()
+            .map_or(80, |port| port.port);
         Ok(SocketAddr::new(ip.parse()?, u16::try_from(port)?))
     }
 
@@ -311,9 +288,14 @@ impl Site {
     /// # Errors
     /// When the journal cannot be read.
     pub fn removals(&self, node: &str) -> anyhow::Result<Vec<u64>> {
-        let removal = |call: &Value| call["method"] == "DELETE" && call["node"] == node && call["status"] == 202;
+        let removal =
+            |call: &Value| call["method"] == "DELETE" && call["node"] == node && call["status"] == 202;
         let calls = self.journal()?;
-        Ok(calls.iter().filter(|call| removal(call)).filter_map(|call| call["unix_ms"].as_u64()).collect())
+        Ok(calls
+            .iter()
+            .filter(|call| removal(call))
+            .filter_map(|call| call["unix_ms"].as_u64())
+            .collect())
     }
 
     /// The different requests for a node that the provider accepted.
@@ -323,7 +305,10 @@ impl Site {
     pub fn additions(&self) -> anyhow::Result<BTreeSet<String>> {
         let addition = |call: &Value| call["method"] == "POST" && call["status"] == 202;
         let calls = self.journal()?;
-        let requests = calls.iter().filter(|call| addition(call)).filter_map(|call| call["requestId"].as_str());
+        let requests = calls
+            .iter()
+            .filter(|call| addition(call))
+            .filter_map(|call| call["requestId"].as_str());
         Ok(requests.map(str::to_owned).collect())
     }
 
@@ -333,12 +318,9 @@ impl Site {
     /// When they are refused or not taken up.
     pub async fn apply_policies(&self, yaml: &str) -> anyhow::Result<()> {
         self.apply(yaml).await?;
-        let output = self
-            .kubectl_output(&["wait", "--for=condition=Ready", "--timeout=30s", "-f", "-"], Some(yaml))
-            .await?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        anyhow::ensure!(output.status.success(), "Ebb did not take the policies up: {}", said.trim());
-        Ok(())
+        let ready = ["wait", "--for=condition=Ready", "--timeout=30s", "-f", "-"];
+        let output = self.kubectl_with(&ready, yaml).await?.success();
+        output.context("Ebb did not take the policies up").map(drop)
     }
 
     /// Waits until connections to an address are taken.
@@ -397,10 +379,18 @@ impl Site {
         Ok(())
     }
 
+    /// The cluster under it: its programs can be stopped and started.
+    pub fn cluster(&self) -> &Cluster {
+        &self.cluster
+    }
+
     /// Log files of a namespace's pods whose names start with `prefix`: pod and path.
     pub fn logs(&self, namespace: &str, prefix: &str) -> Vec<(String, PathBuf)> {
         let start = format!("{namespace}_{prefix}");
-        let folders = std::fs::read_dir(self.dir().join("pods")).into_iter().flatten().flatten();
+        let folders = std::fs::read_dir(self.dir().join("pods"))
+            .into_iter()
+            .flatten()
+            .flatten();
         let mut logs = Vec::new();
         for folder in folders {
             let name = folder.file_name().to_string_lossy().into_owned();

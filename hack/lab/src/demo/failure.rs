@@ -17,9 +17,19 @@ pub fn explain(site: &Site, timeline: &Timeline) {
     timeline.line("\nWorkloads and pods when it stopped:");
     site.observer.look(|state| {
         for (name, deployment) in &state.deployments {
-            let ready = deployment.status.as_ref().and_then(|status| status.ready_replicas);
-            let wanted = deployment.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(1);
-            timeline.line(&format!("  Deployment {name}: {}/{wanted} ready", ready.unwrap_or(0)));
+            let ready = deployment
+                .status
+                .as_ref()
+                .and_then(|status| status.ready_replicas);
+            let wanted = deployment
+                .spec
+                .as_ref()
+                .and_then(|spec| spec.replicas)
+                .unwrap_or(1);
+            timeline.line(&format!(
+                "  Deployment {name}: {}/{wanted} ready",
+                ready.unwrap_or(0)
+            ));
         }
         for (name, pod) in &state.pods {
             timeline.line(&format!(
@@ -30,14 +40,23 @@ pub fn explain(site: &Site, timeline: &Timeline) {
         }
         for (name, node) in &state.nodes {
             let taints = node.spec.as_ref().and_then(|spec| spec.taints.as_ref());
-            let taints: Vec<&str> = taints.into_iter().flatten().map(|taint| taint.key.as_str()).collect();
+            let taints: Vec<&str> = taints
+                .into_iter()
+                .flatten()
+                .map(|taint| taint.key.as_str())
+                .collect();
             timeline.line(&format!("  Node {name}: taints [{}]", taints.join(", ")));
         }
         timeline.line("\nThe last Events:");
         let told = state.moments.iter().filter_map(|moment| match &moment.what {
-            What::Told { object, kind, by, reason, message, .. } => {
-                Some(format!("  {kind} {object}: {reason}: {message}  [{by}]"))
-            }
+            What::Told {
+                object,
+                kind,
+                by,
+                reason,
+                message,
+                ..
+            } => Some(format!("  {kind} {object}: {reason}: {message}  [{by}]")),
             _ => None,
         });
         let told: Vec<String> = told.collect();
@@ -54,7 +73,10 @@ pub fn explain(site: &Site, timeline: &Timeline) {
             }
         }
     }
-    timeline.line(&format!("\nAll logs and state are kept in {}", site.dir().display()));
+    timeline.line(&format!(
+        "\nAll logs and state are kept in {}",
+        site.dir().display()
+    ));
 }
 
 /// A pod's phase, and what its containers wait for or ended by.
@@ -64,9 +86,16 @@ fn condition(pod: &Pod) -> String {
     for container in status.container_statuses.unwrap_or_default() {
         let state = container.state.unwrap_or_default();
         if let Some(waiting) = state.waiting {
-            words.push(format!("{} {}", waiting.reason.unwrap_or_default(), waiting.message.unwrap_or_default()));
+            words.push(format!(
+                "{} {}",
+                waiting.reason.unwrap_or_default(),
+                waiting.message.unwrap_or_default()
+            ));
         }
-        if let Some(ended) = state.terminated.or(container.last_state.and_then(|last| last.terminated)) {
+        if let Some(ended) = state
+            .terminated
+            .or(container.last_state.and_then(|last| last.terminated))
+        {
             words.push(format!("ended with {}", ended.exit_code));
         }
     }
@@ -97,7 +126,8 @@ fn tail(log: &Path, prefer_problems: bool) -> Vec<String> {
         }
         kept
     };
-    let problem = |line: &&str| line.contains("\"WARN\"") || line.contains("\"ERROR\"") || line.contains("panicked");
+    let problem =
+        |line: &&str| line.contains("\"WARN\"") || line.contains("\"ERROR\"") || line.contains("panicked");
     let problems = last(&mut text.lines().filter(problem));
     if prefer_problems && !problems.is_empty() {
         return problems.into();

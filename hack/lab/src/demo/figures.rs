@@ -29,18 +29,35 @@ pub fn print(timeline: &Timeline, state: &State, tally: &Tally, times: &Times) -
     state.check_reservations()?;
     let row = |name: &str, value: String| timeline.line(&format!("  {name:<44}{value}"));
     let (sent, answered) = (tally.sent(), tally.answered());
-    row("requests sent, answered, lost", format!("{sent}, {answered}, {}", sent - answered));
+    row(
+        "requests sent, answered, lost",
+        format!("{sent}, {answered}, {}", sent - answered),
+    );
     row("wakes", wakes(state));
     row("first request → pod bound", seconds(times.bound));
-    row("first request → first byte, load included", seconds(times.first_byte));
+    row(
+        "first request → first byte, load included",
+        seconds(times.first_byte),
+    );
     row("100 requests at once → the last answer", seconds(times.burst));
-    row("request with no node → first byte", seconds(times.first_byte_without_node));
-    row("binds checked against the GPU's memory", state.binds.len().to_string());
+    row(
+        "request with no node → first byte",
+        seconds(times.first_byte_without_node),
+    );
+    row(
+        "binds checked against the GPU's memory",
+        state.binds.len().to_string(),
+    );
     for (uuid, peak) in state.peaks() {
         let usable = state.usable.get(&uuid).copied().unwrap_or(peak).max(1);
         row(
             &format!("  highest reservation of {}", short_uuid(&uuid)),
-            format!("{} of {}, {} %", gib(peak), gib(usable), u128::from(peak) * 100 / u128::from(usable)),
+            format!(
+                "{} of {}, {} %",
+                gib(peak),
+                gib(usable),
+                u128::from(peak) * 100 / u128::from(usable)
+            ),
         );
     }
     let now = Instant::now();
@@ -57,7 +74,10 @@ pub fn print(timeline: &Timeline, state: &State, tally: &Tally, times: &Times) -
 fn wakes(state: &State) -> String {
     let mut counts: Vec<(String, usize)> = Vec::new();
     for moment in &state.moments {
-        let What::Scaled { workload, from: 0, .. } = &moment.what else {
+        let What::Scaled {
+            workload, from: 0, ..
+        } = &moment.what
+        else {
             continue;
         };
         if !workload.starts_with("models/") {
@@ -68,6 +88,9 @@ fn wakes(state: &State) -> String {
             None => counts.push((workload.clone(), 1)),
         }
     }
-    let words: Vec<String> = counts.iter().map(|(name, n)| format!("{} {n}", short(name))).collect();
+    let words: Vec<String> = counts
+        .iter()
+        .map(|(name, n)| format!("{} {n}", short(name)))
+        .collect();
     words.join(", ")
 }

@@ -56,11 +56,19 @@ async fn tell(plan: Plan, keep: bool) -> anyhow::Result<()> {
     let timeline = Timeline::new();
     timeline.chapter("A Kubernetes control plane, a node group, Ebb");
     let mut site = timeline
-        .during("starting etcd, the API server, kube-proxy and the nodes", Site::start(plan))
+        .during(
+            "starting etcd, the API server, kube-proxy and the nodes",
+            Site::start(plan),
+        )
         .await?;
     let _feed = timeline.follow(site.observer.listen());
     let told = tokio::time::timeout(LIMIT, story::tell(&site, &timeline)).await;
-    let told = told.unwrap_or_else(|_| Err(anyhow::anyhow!("the story did not end within {} s", LIMIT.as_secs())));
+    let told = told.unwrap_or_else(|_| {
+        Err(anyhow::anyhow!(
+            "the story did not end within {} s",
+            LIMIT.as_secs()
+        ))
+    });
     if let Err(error) = told {
         timeline.failed(format!("{error:#}"));
         failure::explain(&site, &timeline);

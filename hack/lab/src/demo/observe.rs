@@ -47,6 +47,7 @@ pub struct Moment {
 
 /// The kinds of thing that happen. Objects are named `namespace/name`.
 #[derive(Clone, Debug)]
+#[allow(missing_docs, reason = "the fields say what they are")]
 pub enum What {
     /// A Deployment appeared.
     Created { workload: String, replicas: i32 },
@@ -128,11 +129,13 @@ pub struct State {
 impl State {
     /// Pods that belong to a Deployment (`namespace/name`), those that terminate included.
     pub fn pods_of<'a>(&'a self, workload: &'a str) -> impl Iterator<Item = &'a Pod> {
-        self.pods.values().filter(move |pod| workload_of(pod).as_deref() == Some(workload))
+        self.pods
+            .values()
+            .filter(move |pod| workload_of(pod).as_deref() == Some(workload))
     }
 
     /// The pod of a Deployment that is bound and not on its way out.
-    pub fn bound_pod(&self, workload: &str) -> Option<&Pod> {
+    pub fn bound_pod<'a>(&'a self, workload: &'a str) -> Option<&'a Pod> {
         self.pods_of(workload)
             .find(|pod| node_of(pod).is_some() && pod.metadata.deletion_timestamp.is_none())
     }
@@ -198,11 +201,18 @@ impl State {
 
     fn deployment(&mut self, deployment: Deployment) -> Option<What> {
         let workload = key(&deployment);
-        let to = deployment.spec.as_ref().and_then(|spec| spec.replicas).unwrap_or(1);
+        let to = deployment
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.replicas)
+            .unwrap_or(1);
         let before = self.replicas(&workload);
         self.deployments.insert(workload.clone(), deployment);
         match before {
-            None => Some(What::Created { workload, replicas: to }),
+            None => Some(What::Created {
+                workload,
+                replicas: to,
+            }),
             Some(from) if from != to => Some(What::Scaled { workload, from, to }),
             Some(_) => None,
         }
@@ -248,14 +258,22 @@ impl State {
             let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
             matches!(phase, Some("Succeeded" | "Failed"))
         };
-        let holding = self.pods.values().filter(|pod| node_of(pod).is_some() && !over(pod));
-        let grants = holding.filter_map(grant).filter(|grant| grant.uuids.iter().any(|u| u == uuid));
+        let holding = self
+            .pods
+            .values()
+            .filter(|pod| node_of(pod).is_some() && !over(pod));
+        let grants = holding
+            .filter_map(grant)
+            .filter(|grant| grant.uuids.iter().any(|u| u == uuid));
         grants.map(|grant| grant.bytes).sum()
     }
 
     fn node(&mut self, node: Node, at: Instant) -> Vec<What> {
         let name = node.name_any();
-        let gpus = node.labels().get("nvidia.com/gpu.present").is_some_and(|v| v == "true");
+        let gpus = node
+            .labels()
+            .get("nvidia.com/gpu.present")
+            .is_some_and(|v| v == "true");
         let before = self.nodes.get(&name).filter(|old| old.uid() == node.uid());
         let (known, was_ready, was_fenced) = (
             before.is_some(),
@@ -268,7 +286,13 @@ impl State {
         if !known {
             if gpus {
                 self.end_node(&name, at);
-                self.gpu_nodes.push((name.clone(), NodeLife { since: at, until: None }));
+                self.gpu_nodes.push((
+                    name.clone(),
+                    NodeLife {
+                        since: at,
+                        until: None,
+                    },
+                ));
             }
             whats.push(What::NodeAdded {
                 node: name.clone(),
@@ -279,7 +303,10 @@ impl State {
             whats.push(What::NodeReady { node: name.clone() });
         }
         if fenced != was_fenced {
-            whats.push(What::Fenced { node: name, on: fenced });
+            whats.push(What::Fenced {
+                node: name,
+                on: fenced,
+            });
         }
         whats
     }
@@ -317,10 +344,15 @@ impl State {
     }
 
     fn gpu_node(&mut self, object: &DynamicObject) {
-        let gpus = object.data.pointer("/status/gpus").and_then(|gpus| gpus.as_array());
+        let gpus = object
+            .data
+            .pointer("/status/gpus")
+            .and_then(|gpus| gpus.as_array());
         for gpu in gpus.into_iter().flatten() {
             let number = |field: &str| gpu.get(field).and_then(serde_json::Value::as_u64);
-            if let (Some(uuid), Some(total)) = (gpu.get("uuid").and_then(|u| u.as_str()), number("memoryTotal")) {
+            if let (Some(uuid), Some(total)) =
+                (gpu.get("uuid").and_then(|u| u.as_str()), number("memoryTotal"))
+            {
                 let usable = total.saturating_sub(number("memoryReserved").unwrap_or(0));
                 self.usable.insert(uuid.to_owned(), usable);
             }
@@ -352,36 +384,46 @@ impl Observer {
                 tasks: Mutex::default(),
             }),
         };
-        observer.follow(Api::all(client.clone()), |state, deployment: Change<Deployment>, _| {
-            match deployment {
+        observer.follow(
+            Api::all(client.clone()),
+            |state, deployment: Change<Deployment>, _| match deployment {
                 Change::Is(deployment) => state.deployment(deployment).into_iter().collect(),
                 Change::Gone(deployment) => {
                     state.deployments.remove(&key(&deployment));
                     Vec::new()
                 }
-            }
-        });
-        observer.follow(Api::all(client.clone()), |state, pod: Change<Pod>, at| match pod {
-            Change::Is(pod) => state.pod(pod, at),
-            Change::Gone(pod) => {
-                let pod = key(&pod);
-                state.pods.remove(&pod);
-                vec![What::PodGone { pod }]
-            }
-        });
-        observer.follow(Api::all(client.clone()), |state, node: Change<Node>, at| match node {
-            Change::Is(node) => state.node(node, at),
-            Change::Gone(node) => {
-                let node = node.name_any();
-                state.nodes.remove(&node);
-                state.end_node(&node, at);
-                vec![What::NodeGone { node }]
-            }
-        });
-        observer.follow(Api::all(client.clone()), |state, event: Change<Event>, _| match event {
-            Change::Is(event) => state.event(event).into_iter().collect(),
-            Change::Gone(_) => Vec::new(),
-        });
+            },
+        );
+        observer.follow(
+            Api::all(client.clone()),
+            |state, pod: Change<Pod>, at| match pod {
+                Change::Is(pod) => state.pod(pod, at),
+                Change::Gone(pod) => {
+                    let pod = key(&pod);
+                    state.pods.remove(&pod);
+                    vec![What::PodGone { pod }]
+                }
+            },
+        );
+        observer.follow(
+            Api::all(client.clone()),
+            |state, node: Change<Node>, at| match node {
+                Change::Is(node) => state.node(node, at),
+                Change::Gone(node) => {
+                    let node = node.name_any();
+                    state.nodes.remove(&node);
+                    state.end_node(&node, at);
+                    vec![What::NodeGone { node }]
+                }
+            },
+        );
+        observer.follow(
+            Api::all(client.clone()),
+            |state, event: Change<Event>, _| match event {
+                Change::Is(event) => state.event(event).into_iter().collect(),
+                Change::Gone(_) => Vec::new(),
+            },
+        );
         observer
     }
 
@@ -409,7 +451,9 @@ impl Observer {
             let mut events = watcher(api, watcher::Config::default()).default_backoff().boxed();
             loop {
                 let change = match events.try_next().await {
-                    Ok(Some(watcher::Event::InitApply(object) | watcher::Event::Apply(object))) => Change::Is(object),
+                    Ok(Some(watcher::Event::InitApply(object) | watcher::Event::Apply(object))) => {
+                        Change::Is(object)
+                    }
                     Ok(Some(watcher::Event::Delete(object))) => Change::Gone(object),
                     Ok(Some(_)) => continue,
                     Ok(None) => return,
@@ -503,7 +547,12 @@ pub fn node_of(pod: &Pod) -> Option<&str> {
 /// What a pod got of its GPUs.
 pub fn grant(pod: &Pod) -> Option<Grant> {
     let annotation = |key: &str| pod.annotations().get(key);
-    let uuid = |device: &str| device.trim().trim_start_matches("runtime.nvidia.com/gpu=").to_owned();
+    let uuid = |device: &str| {
+        device
+            .trim()
+            .trim_start_matches("runtime.nvidia.com/gpu=")
+            .to_owned()
+    };
     Some(Grant {
         uuids: annotation(DEVICES)?.split(',').map(uuid).collect(),
         bytes: annotation(BYTES)?.parse().ok()?,
@@ -513,25 +562,37 @@ pub fn grant(pod: &Pod) -> Option<Grant> {
 
 /// The Deployment a pod belongs to, as `namespace/name`, by its ReplicaSet's name.
 pub fn workload_of(pod: &Pod) -> Option<String> {
-    let owner = pod.owner_references().iter().find(|owner| owner.kind == "ReplicaSet")?;
+    let owner = pod
+        .owner_references()
+        .iter()
+        .find(|owner| owner.kind == "ReplicaSet")?;
     let (deployment, _hash) = owner.name.rsplit_once('-')?;
     Some(format!("{}/{deployment}", pod.namespace()?))
 }
 
 /// Whether a pod is Ready.
 pub fn is_ready(pod: &Pod) -> bool {
-    let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_deref());
+    let conditions = pod
+        .status
+        .as_ref()
+        .and_then(|status| status.conditions.as_deref());
     let ready = |c: &k8s_openapi::api::core::v1::PodCondition| c.type_ == "Ready" && c.status == "True";
     conditions.unwrap_or_default().iter().any(ready)
 }
 
 fn node_is_ready(node: &Node) -> bool {
-    let conditions = node.status.as_ref().and_then(|status| status.conditions.as_deref());
+    let conditions = node
+        .status
+        .as_ref()
+        .and_then(|status| status.conditions.as_deref());
     let ready = |c: &k8s_openapi::api::core::v1::NodeCondition| c.type_ == "Ready" && c.status == "True";
     conditions.unwrap_or_default().iter().any(ready)
 }
 
 fn is_fenced(node: &Node) -> bool {
     let taints = node.spec.as_ref().and_then(|spec| spec.taints.as_deref());
-    taints.unwrap_or_default().iter().any(|taint| taint.key == "ebb.dev/release")
+    taints
+        .unwrap_or_default()
+        .iter()
+        .any(|taint| taint.key == "ebb.dev/release")
 }

@@ -31,7 +31,9 @@ const LONG_STREAM: u32 = 800;
 pub async fn tell(site: &Site, timeline: &Timeline) -> anyhow::Result<()> {
     let start = Instant::now();
     let tally = Arc::new(Tally::default());
-    let first_node = site.observer.look(|state| state.gpu_nodes_now().into_iter().next());
+    let first_node = site
+        .observer
+        .look(|state| state.gpu_nodes_now().into_iter().next());
     let first_node = first_node.context("the node group has no node")?;
     install(site, timeline).await?;
     let addresses = apply_models(site, timeline).await?;
@@ -50,9 +52,13 @@ pub async fn tell(site: &Site, timeline: &Timeline) -> anyhow::Result<()> {
         burst,
         first_byte_without_node,
     };
-    site.observer.look(|state| figures::print(timeline, state, &tally, &times))?;
+    site.observer
+        .look(|state| figures::print(timeline, state, &tally, &times))?;
     timeline.line("");
-    timeline.check(format!("every step was seen in the API server, in {}", seconds(timeline.elapsed())));
+    timeline.check(format!(
+        "every step was seen in the API server, in {}",
+        seconds(timeline.elapsed())
+    ));
     Ok(())
 }
 
@@ -63,7 +69,10 @@ async fn install(site: &Site, timeline: &Timeline) -> anyhow::Result<()> {
     let accounts = site.observer.look(|state| {
         let own = state.pods.iter().filter(|(name, _)| name.starts_with(EBB));
         let specs: Vec<_> = own.filter_map(|(_, pod)| pod.spec.as_ref()).collect();
-        let accounts: BTreeSet<_> = specs.iter().filter_map(|spec| spec.service_account_name.clone()).collect();
+        let accounts: BTreeSet<_> = specs
+            .iter()
+            .filter_map(|spec| spec.service_account_name.clone())
+            .collect();
         (specs.len(), accounts)
     });
     timeline.check(format!(
@@ -97,12 +106,20 @@ async fn apply_models(site: &Site, timeline: &Timeline) -> anyhow::Result<[Socke
         for name in NAMES {
             let workload = format!("{MODELS}/{name}");
             let replicas = state.replicas(&workload);
-            ensure!(replicas == Some(0), "{name} was applied and has {replicas:?} replicas, not 0");
-            ensure!(state.pods_of(&workload).next().is_none(), "{name} sleeps and has a pod");
+            ensure!(
+                replicas == Some(0),
+                "{name} was applied and has {replicas:?} replicas, not 0"
+            );
+            ensure!(
+                state.pods_of(&workload).next().is_none(),
+                "{name} sleeps and has a pod"
+            );
         }
         Ok(())
     })?;
-    timeline.check("tiny-chat (10 GiB), code (12 GiB), big (22 GiB): 0 replicas, no pod, and a Service that answers");
+    timeline.check(
+        "tiny-chat (10 GiB), code (12 GiB), big (22 GiB): 0 replicas, no pod, and a Service that answers",
+    );
     Ok(addresses)
 }
 
@@ -114,15 +131,24 @@ async fn wake_one(
 ) -> anyhow::Result<(Duration, Duration)> {
     timeline.chapter("A request wakes a model");
     let workload = format!("{MODELS}/{}", NAMES[0]);
-    timeline.say(format!("POST http://{address}/v1/chat/completions (Service {workload})"));
+    timeline.say(format!(
+        "POST http://{address}/v1/chat/completions (Service {workload})"
+    ));
     let sent = Instant::now();
     let answer = timeline
-        .during("the model loads", traffic::chat(tally, address, NAMES[0], 16, STEP))
+        .during(
+            "the model loads",
+            traffic::chat(tally, address, NAMES[0], 16, STEP),
+        )
         .await?;
     let bound = site
         .observer
         .until("the woken pod is bound", STEP, |state| {
-            state.binds.iter().find(|bind| bind.pod.starts_with(&workload)).map(|bind| bind.at)
+            state
+                .binds
+                .iter()
+                .find(|bind| bind.pod.starts_with(&workload))
+                .map(|bind| bind.at)
         })
         .await?;
     let wakes = site.observer.look(|state| state.wakes(&workload));
@@ -166,21 +192,40 @@ async fn burst(
     });
     let all = futures::future::join_all(requests);
     let other = traffic::chat(tally, addresses[2], NAMES[2], 16, STEP);
-    let (answers, other) = timeline.during("two more models load", async { tokio::join!(all, other) }).await;
+    let (answers, other) = timeline
+        .during("two more models load", async { tokio::join!(all, other) })
+        .await;
     let took = start.elapsed();
-    let lost: Vec<String> = answers.iter().filter_map(|a| a.as_ref().err()).map(|e| format!("{e:#}")).collect();
+    let lost: Vec<String> = answers
+        .iter()
+        .filter_map(|a| a.as_ref().err())
+        .map(|e| format!("{e:#}"))
+        .collect();
     ensure!(
         lost.is_empty(),
         "{} of {BURST} requests were lost; the first: {}",
         lost.len(),
         lost.first().map_or("", |first| first)
     );
-    let last = answers.iter().flatten().map(|answer| answer.total).max().unwrap_or_default();
-    let wakes = site.observer.look(|state| state.wakes_since(&format!("{MODELS}/{}", NAMES[1]), mark));
+    let last = answers
+        .iter()
+        .flatten()
+        .map(|answer| answer.total)
+        .max()
+        .unwrap_or_default();
+    let wakes = site
+        .observer
+        .look(|state| state.wakes_since(&format!("{MODELS}/{}", NAMES[1]), mark));
     ensure!(wakes == 1, "{BURST} requests at once caused {wakes} wakes");
-    timeline.check(format!("{BURST} answers, one wake, none lost; the last came after {}", seconds(last)));
+    timeline.check(format!(
+        "{BURST} answers, one wake, none lost; the last came after {}",
+        seconds(last)
+    ));
     other.context("the third model, woken beside the burst")?;
-    timeline.check(format!("big was woken beside it and answered, all within {}", seconds(took)));
+    timeline.check(format!(
+        "big was woken beside it and answered, all within {}",
+        seconds(took)
+    ));
     Ok(last)
 }
 
@@ -214,7 +259,9 @@ async fn share_one_gpu(site: &Site, timeline: &Timeline) -> anyhow::Result<()> {
     ensure!(uuids(0) != uuids(2), "big shares a GPU that it does not fit on");
     timeline.check(format!(
         "tiny-chat and code share {} of {}; each process sees its own GPU, bytes and share and no other",
-        uuids(0).and_then(|uuids| uuids.first()).map_or("", |uuid| short_uuid(uuid)),
+        uuids(0)
+            .and_then(|uuids| uuids.first())
+            .map_or("", |uuid| short_uuid(uuid)),
         node(0).unwrap_or_default()
     ));
     Ok(())
@@ -228,16 +275,29 @@ async fn sleep_again(
 ) -> anyhow::Result<()> {
     timeline.chapter("Idle models go back to sleep; an open stream is not cut");
     let asleep = |name: &'static str| {
-        site.observer.until("an idle model goes to zero and its pod is gone", STEP, move |state| {
-            let workload = format!("{MODELS}/{name}");
-            let gone = state.replicas(&workload) == Some(0) && state.pods_of(&workload).next().is_none();
-            gone.then_some(())
-        })
+        site.observer.until(
+            "an idle model goes to zero and its pod is gone",
+            STEP,
+            move |state| {
+                let workload = format!("{MODELS}/{name}");
+                let gone = state.replicas(&workload) == Some(0) && state.pods_of(&workload).next().is_none();
+                gone.then_some(())
+            },
+        )
     };
-    timeline.during("code and big are idle", async { tokio::try_join!(asleep(NAMES[1]), asleep(NAMES[2])) }).await?;
-    ensure!(!stream.is_finished(), "the stream ended before its neighbours slept: nothing was shown");
+    timeline
+        .during("code and big are idle", async {
+            tokio::try_join!(asleep(NAMES[1]), asleep(NAMES[2]))
+        })
+        .await?;
+    ensure!(
+        !stream.is_finished(),
+        "the stream ended before its neighbours slept: nothing was shown"
+    );
     let so_far = heard.load(Relaxed);
-    timeline.check(format!("code and big sleep; the stream from tiny-chat goes on ({so_far} bytes so far)"));
+    timeline.check(format!(
+        "code and big sleep; the stream from tiny-chat goes on ({so_far} bytes so far)"
+    ));
     let answer = timeline.during("the stream comes to its end", stream).await??;
     timeline.check(format!(
         "the stream came whole: {} tokens in {}, longest pause {}",
@@ -245,7 +305,11 @@ async fn sleep_again(
         seconds(answer.total),
         seconds(answer.longest_gap)
     ));
-    ensure!(answer.tokens() >= LONG_STREAM as usize, "the stream had {} tokens of {LONG_STREAM}", answer.tokens());
+    ensure!(
+        answer.tokens() >= LONG_STREAM as usize,
+        "the stream had {} tokens of {LONG_STREAM}",
+        answer.tokens()
+    );
     timeline.during("tiny-chat is idle now", asleep(NAMES[0])).await?;
     timeline.check("all three models sleep, their GPU memory is free");
     Ok(())
@@ -253,16 +317,25 @@ async fn sleep_again(
 
 async fn release(site: &Site, timeline: &Timeline, node: &str) -> anyhow::Result<()> {
     timeline.chapter("The emptied node is handed back");
-    let gone = site.observer.until("the emptied node is released and gone", STEP, |state| {
-        (!state.nodes.contains_key(node)).then_some(())
-    });
+    let gone = site
+        .observer
+        .until("the emptied node is released and gone", STEP, |state| {
+            (!state.nodes.contains_key(node)).then_some(())
+        });
     timeline.during("the node settles", gone).await?;
     let asked = site.removals(node)?;
-    ensure!(asked.len() == 1, "the provider was asked {} times to remove {node}", asked.len());
+    ensure!(
+        asked.len() == 1,
+        "the provider was asked {} times to remove {node}",
+        asked.len()
+    );
     let asked = asked[0];
     // The provider's journal and the watches here are on one machine's clock.
     let last_pod = site.observer.look(|state| {
-        let gone = state.moments.iter().filter(|moment| matches!(&moment.what, What::PodGone { pod } if pod.starts_with(MODELS)));
+        let gone = state
+            .moments
+            .iter()
+            .filter(|moment| matches!(&moment.what, What::PodGone { pod } if pod.starts_with(MODELS)));
         gone.map(|moment| moment.unix_ms).filter(|at| *at <= asked).max()
     });
     let held = site.observer.look(|state| {
@@ -271,7 +344,10 @@ async fn release(site: &Site, timeline: &Timeline, node: &str) -> anyhow::Result
         };
         state.moments.iter().filter(gone_later).count()
     });
-    ensure!(held == 0, "{node} was given away while {held} model pods were on it");
+    ensure!(
+        held == 0,
+        "{node} was given away while {held} model pods were on it"
+    );
     let waited = last_pod.map_or(0, |last| asked - last);
     timeline.check(format!(
         "the provider was asked once to remove {node}, {} after its last model was gone",
@@ -290,14 +366,25 @@ async fn back_again(
     let nodes = site.observer.look(|state| state.gpu_nodes_now());
     ensure!(nodes.is_empty(), "there still are GPU nodes: {nodes:?}");
     let mark = site.observer.mark();
-    timeline.say(format!("POST http://{address}/v1/chat/completions (Service models/big), and there is no GPU node"));
+    timeline.say(format!(
+        "POST http://{address}/v1/chat/completions (Service models/big), and there is no GPU node"
+    ));
     let answer = timeline
-        .during("a node boots and the model loads", traffic::chat(tally, address, NAMES[2], 16, 2 * STEP))
+        .during(
+            "a node boots and the model loads",
+            traffic::chat(tally, address, NAMES[2], 16, 2 * STEP),
+        )
         .await?;
-    let wakes = site.observer.look(|state| state.wakes_since(&format!("{MODELS}/{}", NAMES[2]), mark));
+    let wakes = site
+        .observer
+        .look(|state| state.wakes_since(&format!("{MODELS}/{}", NAMES[2]), mark));
     ensure!(wakes == 1, "one request caused {wakes} wakes of big");
     let asked = site.additions()?;
-    ensure!(asked.len() == 1, "the provider was asked for {} nodes, and one was needed", asked.len());
+    ensure!(
+        asked.len() == 1,
+        "the provider was asked for {} nodes, and one was needed",
+        asked.len()
+    );
     timeline.check(format!(
         "one node was asked for, it came, and the request was answered: first byte after {}",
         seconds(answer.first_byte)
@@ -318,8 +405,12 @@ pub async fn what_to_try(site: &Site, timeline: &Timeline) -> anyhow::Result<()>
         "  hack/enter kubectl get deployments,pods -n models -o wide".to_owned(),
         "  hack/enter kubectl get nodes,gpunodes,scalepolicies,nodepolicies".to_owned(),
         "  hack/enter kubectl get events -A --sort-by=.lastTimestamp".to_owned(),
-        format!("  hack/enter curl -s http://{address}/v1/chat/completions -d '{{\"messages\":[{{\"role\":\"user\",\"content\":\"hello\"}}]}}'"),
-        format!("  hack/enter curl -sN http://{address}/v1/chat/completions -d '{{\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"hello\"}}]}}'"),
+        format!(
+            "  hack/enter curl -s http://{address}/v1/chat/completions -d '{{\"messages\":[{{\"role\":\"user\",\"content\":\"hello\"}}]}}'"
+        ),
+        format!(
+            "  hack/enter curl -sN http://{address}/v1/chat/completions -d '{{\"stream\":true,\"messages\":[{{\"role\":\"user\",\"content\":\"hello\"}}]}}'"
+        ),
         String::new(),
         format!("Logs and state: {}", site.dir().display()),
         "What happens goes on being told below.".to_owned(),

@@ -76,7 +76,11 @@ impl Timeline {
         self.line("");
         let title = format!("{number}. {title} ");
         let rule = "─".repeat(90_usize.saturating_sub(title.chars().count()));
-        self.line(&format!("{}{}", self.ink(Ink::Bold, &title), self.ink(Ink::Faint, &rule)));
+        self.line(&format!(
+            "{}{}",
+            self.ink(Ink::Bold, &title),
+            self.ink(Ink::Faint, &rule)
+        ));
     }
 
     /// Something that was done or seen, now.
@@ -91,7 +95,11 @@ impl Timeline {
 
     /// Something that failed.
     pub fn failed(&self, text: impl Display) {
-        self.entry(Instant::now(), self.ink(Ink::Red, "✘"), &self.ink(Ink::Red, &text.to_string()));
+        self.entry(
+            Instant::now(),
+            self.ink(Ink::Red, "✘"),
+            &self.ink(Ink::Red, &text.to_string()),
+        );
     }
 
     /// A line as it is.
@@ -150,36 +158,61 @@ impl Timeline {
                     (_, 0) => (self.ink(Ink::Blue, "▼"), "goes to sleep"),
                     _ => (self.ink(Ink::Plain, "↕"), "is scaled"),
                 };
-                (mark, format!("{} {word}: replicas {from} → {to}", self.name(workload)))
+                (
+                    mark,
+                    format!("{} {word}: replicas {from} → {to}", self.name(workload)),
+                )
             }
             What::Bound { pod, node, grant } if is_model(pod) => {
                 let grant = grant.as_ref().map(|grant| format!(", {}", self.grant(grant)));
-                let text = format!("pod {} is bound to {node}{}", short(pod), grant.unwrap_or_default());
+                let text = format!(
+                    "pod {} is bound to {node}{}",
+                    short(pod),
+                    grant.unwrap_or_default()
+                );
                 (self.ink(Ink::Plain, "◆"), text)
             }
             What::Ready { pod } if is_model(pod) => {
                 (self.ink(Ink::Plain, "◆"), format!("pod {} is Ready", short(pod)))
             }
-            What::PodGone { pod } if is_model(pod) => {
-                (self.ink(Ink::Faint, "◇"), format!("pod {} is gone, its GPU memory is free", short(pod)))
-            }
-            What::NodeAdded { node, gpus: true } => {
-                (self.ink(Ink::Yellow, "■"), format!("node {} is here", self.name(node)))
-            }
-            What::Fenced { node, on: true } => {
-                (self.ink(Ink::Blue, "□"), format!("node {} is fenced: no pod can be bound to it", self.name(node)))
-            }
-            What::Fenced { node, on: false } => {
-                (self.ink(Ink::Plain, "■"), format!("node {} is open again", self.name(node)))
-            }
-            What::NodeGone { node } => (self.ink(Ink::Blue, "□"), format!("node {} is gone", self.name(node))),
-            What::Told { by, message, warning, reason, object, .. } if by.starts_with("ebb") => {
+            What::PodGone { pod } if is_model(pod) => (
+                self.ink(Ink::Faint, "◇"),
+                format!("pod {} is gone, its GPU memory is free", short(pod)),
+            ),
+            What::NodeAdded { node, gpus: true } => (
+                self.ink(Ink::Yellow, "■"),
+                format!("node {} is here", self.name(node)),
+            ),
+            What::Fenced { node, on: true } => (
+                self.ink(Ink::Blue, "□"),
+                format!("node {} is fenced: no pod can be bound to it", self.name(node)),
+            ),
+            What::Fenced { node, on: false } => (
+                self.ink(Ink::Plain, "■"),
+                format!("node {} is open again", self.name(node)),
+            ),
+            What::NodeGone { node } => (
+                self.ink(Ink::Blue, "□"),
+                format!("node {} is gone", self.name(node)),
+            ),
+            What::Told {
+                by,
+                message,
+                warning,
+                reason,
+                object,
+                ..
+            } if by.starts_with("ebb") => {
                 let told = format!("{object} {reason} {message}");
                 if std::mem::replace(&mut self.screen().last_told, told.clone()) == told {
                     return;
                 }
                 let ink = if *warning { Ink::Red } else { Ink::Faint };
-                self.line(&format!("{:>11}{}", "", self.ink(ink, &format!("{reason}: {message}  [{by}]"))));
+                self.line(&format!(
+                    "{:>11}{}",
+                    "",
+                    self.ink(ink, &format!("{reason}: {message}  [{by}]"))
+                ));
                 return;
             }
             _ => return,
@@ -189,7 +222,12 @@ impl Timeline {
 
     fn grant(&self, grant: &Grant) -> String {
         let uuids: Vec<&str> = grant.uuids.iter().map(|uuid| short_uuid(uuid)).collect();
-        format!("{} with {}, {} of the card", uuids.join(" + "), gib(grant.bytes), grant.share)
+        format!(
+            "{} with {}, {} of the card",
+            uuids.join(" + "),
+            gib(grant.bytes),
+            grant.share
+        )
     }
 
     fn entry(&self, at: Instant, mark: String, text: &str) {

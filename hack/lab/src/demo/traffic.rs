@@ -55,7 +55,11 @@ impl Answer {
         let events = text.lines().filter_map(|line| line.strip_prefix("data: "));
         let tokens = events.filter_map(|event| serde_json::from_str::<Value>(event).ok());
         tokens
-            .filter(|event| event.pointer("/choices/0/delta/content").is_some_and(|c| c.as_str() != Some("")))
+            .filter(|event| {
+                event
+                    .pointer("/choices/0/delta/content")
+                    .is_some_and(|c| c.as_str() != Some(""))
+            })
             .count()
     }
 
@@ -78,7 +82,12 @@ pub async fn send(
 ) -> anyhow::Result<Answer> {
     let exchange = exchange(address, method, path, body, |_| ());
     let answer = tokio::time::timeout(limit, exchange).await;
-    answer.with_context(|| format!("no whole answer from http://{address}{path} within {} s", limit.as_secs()))?
+    answer.with_context(|| {
+        format!(
+            "no whole answer from http://{address}{path} within {} s",
+            limit.as_secs()
+        )
+    })?
 }
 
 /// A chat completion; counted, and only a 200 is an answer.
@@ -97,7 +106,14 @@ pub async fn chat(
         "messages": [{"role": "user", "content": "Is the tide coming in?"}],
     });
     tally.sent.fetch_add(1, Relaxed);
-    let answer = send(address, http::Method::POST, "/v1/chat/completions", Some(body), limit).await?;
+    let answer = send(
+        address,
+        http::Method::POST,
+        "/v1/chat/completions",
+        Some(body),
+        limit,
+    )
+    .await?;
     anyhow::ensure!(
         answer.status == http::StatusCode::OK,
         "{model} answered {}: {}",
@@ -125,11 +141,26 @@ pub async fn stream(
         "messages": [{"role": "user", "content": "Tell me of the sea, slowly."}],
     });
     tally.sent.fetch_add(1, Relaxed);
-    let exchange = exchange(address, http::Method::POST, "/v1/chat/completions", Some(body), part);
+    let exchange = exchange(
+        address,
+        http::Method::POST,
+        "/v1/chat/completions",
+        Some(body),
+        part,
+    );
     let answer = tokio::time::timeout(limit, exchange).await;
-    let answer = answer.with_context(|| format!("the stream of {model} took over {} s", limit.as_secs()))??;
-    anyhow::ensure!(answer.status == http::StatusCode::OK, "{model} answered {}", answer.status);
-    anyhow::ensure!(answer.is_done(), "the stream of {model} was cut after {} tokens", answer.tokens());
+    let answer =
+        answer.with_context(|| format!("the stream of {model} took over {} s", limit.as_secs()))??;
+    anyhow::ensure!(
+        answer.status == http::StatusCode::OK,
+        "{model} answered {}",
+        answer.status
+    );
+    anyhow::ensure!(
+        answer.is_done(),
+        "the stream of {model} was cut after {} tokens",
+        answer.tokens()
+    );
     tally.answered.fetch_add(1, Relaxed);
     Ok(answer)
 }
@@ -161,7 +192,12 @@ async fn exchange(
     let (head, mut incoming) = response.into_parts();
     let (mut body, mut last, mut longest_gap) = (Vec::new(), Instant::now(), Duration::ZERO);
     while let Some(frame) = incoming.frame().await {
-        let frame = frame.with_context(|| format!("the answer of {address}{path} broke off after {} bytes", body.len()))?;
+        let frame = frame.with_context(|| {
+            format!(
+                "the answer of {address}{path} broke off after {} bytes",
+                body.len()
+            )
+        })?;
         longest_gap = longest_gap.max(last.elapsed());
         last = Instant::now();
         if let Some(data) = frame.data_ref() {
