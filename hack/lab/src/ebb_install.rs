@@ -17,7 +17,7 @@ use tokio::net::TcpStream;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::cluster::{self, Cluster, Output};
-use crate::demo::observe::Observer;
+use crate::demo::observe::{Moment, Observer, What};
 use crate::demo::traffic;
 use crate::group::{Failure, Group, GroupSpec};
 use crate::node::{Images, NodeSpec, Nodes, Options, lab_program};
@@ -144,6 +144,12 @@ impl Site {
         for _ in 0..plan.gpu_nodes {
             group.add_now().await?;
         }
+        observer
+            .until("the nodes are Ready", Duration::from_secs(30), |state| {
+                let ready = |moment: &&Moment| matches!(moment.what, What::NodeReady { .. });
+                (state.moments.iter().filter(ready).count() > plan.gpu_nodes).then_some(())
+            })
+            .await?;
         Ok(Self {
             plan,
             nodes,
