@@ -767,7 +767,7 @@ API nvmlReturn_t nvmlEventSetWait_v2(event_set_t *set, event_t *event, unsigned 
         clock_gettime(CLOCK_MONOTONIC, &now);
         long long gone = (now.tv_sec - begun.tv_sec) * 1000LL + (now.tv_nsec - begun.tv_nsec) / 1000000;
         if (gone >= (long long)timeout_ms) return TIMEOUT;
-        long long rest = (long long)timeout_ms - gone, nap = rest < 50 ? rest : 50;
+        long long rest = (long long)timeout_ms - gone, nap = rest < 100 ? rest : 100;
         nanosleep(&(struct timespec){0, nap * 1000000}, NULL);
     }
 }

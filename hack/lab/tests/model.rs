@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Mutex, mpsc};
+use std::sync::{Mutex, Once, mpsc};
 use std::time::{Duration, Instant};
 
 use ebb_lab::nvml_state::{STATE_ENV, State};
@@ -28,6 +28,7 @@ struct Server {
 
 impl Server {
     fn start(flags: &[&str], env: &[(&str, &str)]) -> Self {
+        loopback_up();
         static NEXT: AtomicU8 = AtomicU8::new(1);
         // An address of its own for each server, and for each process that runs these tests.
         let [_, _, high, low] = std::process::id().to_be_bytes();
@@ -161,6 +162,20 @@ impl Server {
             std::thread::sleep(Duration::from_millis(10));
         }
     }
+}
+
+/// In a network namespace of its own (`hack/isolate`) the loopback device starts down.
+fn loopback_up() {
+    static UP: Once = Once::new();
+    UP.call_once(|| {
+        if std::env::var_os("EBB_ISOLATED").is_some() {
+            let status = Command::new("ip")
+                .args(["link", "set", "lo", "up"])
+                .status()
+                .unwrap();
+            assert!(status.success());
+        }
+    });
 }
 
 impl Drop for Server {

@@ -75,7 +75,7 @@ fn reads_devices(path: &Path) {
     assert_eq!(nvml.sys_cuda_driver_version().unwrap(), 12080);
     assert_eq!(nvml.device_count().unwrap(), 2);
     for (index, expected) in state.devices.iter().enumerate() {
-        let device = nvml.device_by_index(index as u32).unwrap();
+        let device = nvml.device_by_index(u32::try_from(index).unwrap()).unwrap();
         assert_eq!(device.uuid().unwrap(), expected.uuid);
         assert_eq!(device.name().unwrap(), expected.name);
         assert_eq!(device.index().unwrap(), expected.index);
