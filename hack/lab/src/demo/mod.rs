@@ -84,7 +84,7 @@ async fn tell(plan: Plan, keep: bool) -> anyhow::Result<()> {
 }
 
 /// Warnings only: the timeline is what a person reads.
-fn quiet_logs() {
+pub(crate) fn quiet_logs() {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| "error,ebb_lab=error,kube=off".into());
     let _ = tracing_subscriber::fmt()

@@ -138,7 +138,7 @@ async fn wake_one(
     let answer = timeline
         .during(
             "the model loads",
-            traffic::chat(tally, address, NAMES[0], 16, STEP),
+            traffic::stream(tally, address, NAMES[0], 16, STEP, |_| ()),
         )
         .await?;
     let bound = site
@@ -372,7 +372,7 @@ async fn back_again(
     let answer = timeline
         .during(
             "a node boots and the model loads",
-            traffic::chat(tally, address, NAMES[2], 16, 2 * STEP),
+            traffic::stream(tally, address, NAMES[2], 16, 2 * STEP, |_| ()),
         )
         .await?;
     let wakes = site
