@@ -49,12 +49,25 @@ impl Report {
 
     /// Prints the table.
     pub fn print(&self) {
-        let peers: Vec<String> = self.peers.iter().map(|(name, version)| format!("{name} {version}")).collect();
-        println!("\n{} · commit {} · beside {}", self.bench, self.commit, peers.join(", "));
+        let peers: Vec<String> = self
+            .peers
+            .iter()
+            .map(|(name, version)| format!("{name} {version}"))
+            .collect();
+        println!(
+            "\n{} · commit {} · beside {}",
+            self.bench,
+            self.commit,
+            peers.join(", ")
+        );
         println!("{}\n", self.machine);
         println!("  {:<38}{:>10}  {:<4}{:>10}", "figure", "median", "", "spread");
         for (name, figure) in &self.figures {
-            let unsteady = if figure.spread > STEADY { "  more than 10 %" } else { "" };
+            let unsteady = if figure.spread > STEADY {
+                "  more than 10 %"
+            } else {
+                ""
+            };
             println!(
                 "  {name:<38}{:>10.2}  {:<4}{:>8.1} %{unsteady}",
                 figure.value,
@@ -62,7 +75,9 @@ impl Report {
                 figure.spread * 100.0
             );
         }
-        println!("\nThe spread is the range of the middle half of the measurements, as a part of the median.");
+        println!(
+            "\nThe spread is the range of the middle half of the measurements, as a part of the median."
+        );
     }
 
     /// Writes the file for machines.
@@ -107,9 +122,17 @@ fn quantile(values: &[f64], at: f64) -> f64 {
 fn machine() -> String {
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = info.lines().find(|line| line.starts_with("model name")).and_then(|line| line.split(": ").nth(1));
+    let model = info
+        .lines()
+        .find(|line| line.starts_with("model name"))
+        .and_then(|line| line.split(": ").nth(1));
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    format!("{} × {}, Linux {}", cpus, model.unwrap_or("unknown processor"), kernel.trim())
+    format!(
+        "{} × {}, Linux {}",
+        cpus,
+        model.unwrap_or("unknown processor"),
+        kernel.trim()
+    )
 }
 
 #[cfg(test)]

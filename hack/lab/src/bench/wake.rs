@@ -59,10 +59,19 @@ pub async fn run(rounds: u32) -> anyhow::Result<Report> {
     let mut over_bare = Figure::of(&measured.over_bare, "x");
     // The bar is on the two medians; the spread is that of the pairs.
     over_bare.value = Figure::of(&measured.bound_ms, "ms").value / Figure::of(&measured.bare_ms, "ms").value;
-    report.figures.insert("first_request_to_bound_over_bare", over_bare);
-    report.figures.insert("first_request_to_bound_ms", Figure::of(&measured.bound_ms, "ms"));
-    report.figures.insert("bare_patch_to_bound_ms", Figure::of(&measured.bare_ms, "ms"));
-    report.figures.insert("listening_to_first_byte_ms", Figure::of(&measured.first_byte_ms, "ms"));
+    report
+        .figures
+        .insert("first_request_to_bound_over_bare", over_bare);
+    report
+        .figures
+        .insert("first_request_to_bound_ms", Figure::of(&measured.bound_ms, "ms"));
+    report
+        .figures
+        .insert("bare_patch_to_bound_ms", Figure::of(&measured.bare_ms, "ms"));
+    report.figures.insert(
+        "listening_to_first_byte_ms",
+        Figure::of(&measured.first_byte_ms, "ms"),
+    );
     site.nodes.power_off().await;
     Ok(report)
 }
@@ -70,7 +79,9 @@ pub async fn run(rounds: u32) -> anyhow::Result<Report> {
 async fn measure(site: &Site, rounds: u32) -> anyhow::Result<Measured> {
     site.install_ebb().await?;
     // The model sleeps when this benchmark says so.
-    let policies = SAMPLE_POLICIES.replace("idleAfter: 6s", "idleAfter: 1h").replace("settleTime: 3s", "settleTime: 1h");
+    let policies = SAMPLE_POLICIES
+        .replace("idleAfter: 6s", "idleAfter: 1h")
+        .replace("settleTime: 3s", "settleTime: 1h");
     site.apply_policies(&policies).await?;
     site.apply(MANIFESTS).await?;
     let address = site.address(MODELS, "wake").await?;
@@ -131,7 +142,9 @@ async fn ebb_wake(site: &Site, address: SocketAddr) -> anyhow::Result<(f64, f64)
 /// When the model began to listen, in Unix milliseconds, by its own log.
 fn listening_at(log: &Path) -> anyhow::Result<f64> {
     let text = std::fs::read_to_string(log)?;
-    let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let lines = text
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let listening = lines.filter(|line| line["event"] == "listening").last();
     let at = listening.and_then(|line| line["unix_ms"].as_f64());
     at.with_context(|| format!("{} does not say when the model began to listen", log.display()))
@@ -140,10 +153,17 @@ fn listening_at(log: &Path) -> anyhow::Result<f64> {
 /// Milliseconds from `start` to a pod of the Deployment having its node.
 async fn bound(site: &Site, workload: &str, mark: usize, start: Instant) -> anyhow::Result<f64> {
     let at = site.observer.until("the pod is bound", STEP, |state| {
-        let pods: Vec<String> = state.pods_of(workload).filter(|pod| node_of(pod).is_some()).map(name).collect();
+        let pods: Vec<String> = state
+            .pods_of(workload)
+            .filter(|pod| node_of(pod).is_some())
+            .map(name)
+            .collect();
         let bound = |what: &What| matches!(what, What::Bound { pod, .. } if pods.contains(pod));
         let moments = state.moments.iter().skip(mark);
-        moments.filter(|moment| bound(&moment.what)).map(|moment| moment.at).next()
+        moments
+            .filter(|moment| bound(&moment.what))
+            .map(|moment| moment.at)
+            .next()
     });
     Ok(at.await?.saturating_duration_since(start).as_secs_f64() * 1000.0)
 }
@@ -164,11 +184,13 @@ async fn sleep(site: &Site, namespace: &str, name: &str) -> anyhow::Result<()> {
 
 async fn asleep(site: &Site, namespace: &str, name: &str) -> anyhow::Result<()> {
     let workload = format!("{namespace}/{name}");
-    let gone = site.observer.until("the pod of the last round is gone", STEP, |state| {
-        let none = state.replicas(&workload) == Some(0) && state.pods_of(&workload).next().is_none();
-        let settled = state.deployments.get(&workload)?.status.as_ref()?;
-        (none && settled.replicas.unwrap_or(0) == 0).then_some(())
-    });
+    let gone = site
+        .observer
+        .until("the pod of the last round is gone", STEP, |state| {
+            let none = state.replicas(&workload) == Some(0) && state.pods_of(&workload).next().is_none();
+            let settled = state.deployments.get(&workload)?.status.as_ref()?;
+            (none && settled.replicas.unwrap_or(0) == 0).then_some(())
+        });
     gone.await?;
     // The deployment controller and the gates see the end of it as well: a pair starts from rest.
     tokio::time::sleep(Duration::from_millis(300)).await;

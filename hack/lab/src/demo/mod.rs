@@ -3,10 +3,10 @@
 //! `story` is what happens · `observe` is what the API server says · `traffic` sends requests ·
 //! `timeline` prints · `figures` adds up · `failure` tells where to look when a step was not seen.
 
-mod failure;
+pub mod failure;
 mod figures;
 pub mod observe;
-mod story;
+pub mod story;
 pub mod timeline;
 pub mod traffic;
 
