@@ -299,7 +299,13 @@ async fn publishes_what_nvml_says_and_puts_it_right() {
     assert_ne!(again.metadata.uid, found.metadata.uid);
 
     // The garbage collector looks for new kinds every 30 s, and when it starts.
-    stage.cluster.program("kube-controller-manager").unwrap().restart().await.unwrap();
+    stage
+        .cluster
+        .program("kube-controller-manager")
+        .unwrap()
+        .restart()
+        .await
+        .unwrap();
 
     // The node goes, its inventory with it, and the agent does not bring it back.
     stage.nodes.delete(NODE, &DeleteParams::default()).await.unwrap();

@@ -24,8 +24,25 @@ pub fn crds_yaml() -> String {
     ]
     .iter()
     .map(|crd| {
-        let yaml = serde_yaml_ng::to_string(crd).expect("a CRD made from Rust types is always YAML");
+        let mut crd = serde_json::to_value(crd).expect("a CRD made from Rust types is always JSON");
+        drop_unsigned_formats(&mut crd);
+        let yaml = serde_yaml_ng::to_string(&crd).expect("JSON is always YAML");
         format!("---\n{yaml}")
     })
     .collect()
+}
+
+/// Takes `format: uint32` and its like out: Kubernetes knows only signed formats and warns about others. The bounds
+/// stand beside them as `minimum` and `maximum`.
+fn drop_unsigned_formats(value: &mut serde_json::Value) {
+    match value {
+        serde_json::Value::Object(map) => {
+            map.retain(|key, value| {
+                !(key == "format" && value.as_str().is_some_and(|f| f.starts_with("uint")))
+            });
+            map.values_mut().for_each(drop_unsigned_formats);
+        }
+        serde_json::Value::Array(list) => list.iter_mut().for_each(drop_unsigned_formats),
+        _ => {}
+    }
 }

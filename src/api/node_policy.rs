@@ -63,7 +63,6 @@ pub struct Provider {
     /// The provider's kind.
     pub kind: ProviderKind,
     /// Base URL of the `http` provider, as `http://nodes.example:8080`.
-    #[serde(default)]
     #[schemars(length(max = 2048), regex(pattern = "^https?://"))]
     pub url: String,
     /// Name of the group at the provider.

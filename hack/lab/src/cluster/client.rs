@@ -40,9 +40,7 @@ pub(super) async fn has_default_service_account(client: &Client) -> bool {
 }
 
 pub(super) async fn cluster_ip_works() -> bool {
-    TcpStream::connect((KUBERNETES_SERVICE_IP, 443))
-        .await
-        .is_ok()
+    TcpStream::connect((KUBERNETES_SERVICE_IP, 443)).await.is_ok()
 }
 
 pub(super) async fn scheduler_is_healthy() -> bool {

@@ -102,10 +102,7 @@ impl ControlPlane<'_> {
                 format!("--tls-cert-file={}", file("apiserver.crt")),
                 format!("--tls-private-key-file={}", file("apiserver.key")),
                 format!("--client-ca-file={}", file("ca.crt")),
-                format!(
-                    "--kubelet-client-certificate={}",
-                    file("kubelet-client.crt")
-                ),
+                format!("--kubelet-client-certificate={}", file("kubelet-client.crt")),
                 format!("--kubelet-client-key={}", file("kubelet-client.key")),
                 "--service-account-issuer=https://kubernetes.default.svc".into(),
                 format!(
@@ -140,10 +137,7 @@ impl ControlPlane<'_> {
                 format!("--root-ca-file={}", file("ca.crt")),
                 format!("--cluster-signing-cert-file={}", file("ca.crt")),
                 format!("--cluster-signing-key-file={}", file("ca.key")),
-                format!(
-                    "--cert-dir={}",
-                    self.dir.join("controller-manager").display()
-                ),
+                format!("--cert-dir={}", self.dir.join("controller-manager").display()),
                 // There is one of it: no lease to wait for.
                 "--leader-elect=false".into(),
                 "--kube-api-qps=200".into(),

@@ -151,8 +151,7 @@ impl Cluster {
         // kube-proxy waits half a minute for the Node it runs on, and then does without. There is no
         // kubelet in here, and a Node that stays would be one more place for the scheduler to look at.
         client::create_proxy_node(&self.client).await?;
-        let manager =
-            self.start_program("kube-controller-manager", plane.controller_manager(), brief)?;
+        let manager = self.start_program("kube-controller-manager", plane.controller_manager(), brief)?;
         let scheduler = self.start_program("kube-scheduler", plane.scheduler()?, brief)?;
         let proxy = self.start_program("kube-proxy", plane.proxy()?, brief)?;
         wait_for(&[&proxy], "make ClusterIPs work", limit, || {
@@ -160,12 +159,9 @@ impl Cluster {
         })
         .await?;
         client::delete_proxy_node(&self.client).await?;
-        wait_for(
-            &[&manager],
-            "make the default ServiceAccount",
-            limit,
-            || client::has_default_service_account(&self.client),
-        )
+        wait_for(&[&manager], "make the default ServiceAccount", limit, || {
+            client::has_default_service_account(&self.client)
+        })
         .await?;
         wait_for(&[&scheduler], "answer /healthz", limit, || {
             client::scheduler_is_healthy()
@@ -235,9 +231,7 @@ impl Cluster {
     /// # Errors
     /// If the path is not text or the API server refuses it.
     pub async fn apply_path(&self, path: &Path) -> anyhow::Result<Output> {
-        let path = path
-            .to_str()
-            .context("the path of the manifests is no text")?;
+        let path = path.to_str().context("the path of the manifests is no text")?;
         self.kubectl(&["apply", "-f", path]).await?.success()
     }
 
@@ -249,12 +243,7 @@ impl Cluster {
         self.start_program(name, command, STOP_LIMIT)
     }
 
-    fn start_program(
-        &self,
-        name: &str,
-        command: Command,
-        stop_limit: Duration,
-    ) -> anyhow::Result<Program> {
+    fn start_program(&self, name: &str, command: Command, stop_limit: Duration) -> anyhow::Result<Program> {
         let log = self.dir.join(format!("{name}.log"));
         let program = Program::start(name, command, log, stop_limit)?;
         self.children
@@ -306,11 +295,7 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         drop(self.record.take());
-        let children = std::mem::take(
-            self.children
-                .get_mut()
-                .unwrap_or_else(PoisonError::into_inner),
-        );
+        let children = std::mem::take(self.children.get_mut().unwrap_or_else(PoisonError::into_inner));
         for program in children.iter().rev() {
             program.stop_blocking();
         }
@@ -333,12 +318,7 @@ async fn turn() -> anyhow::Result<OwnedSemaphorePermit> {
 
 /// Asks until the answer is yes, every few milliseconds; gives up when a program has ended or the limit
 /// has passed, with the log of the first program.
-async fn wait_for<F, Fut>(
-    programs: &[&Program],
-    what: &str,
-    limit: Duration,
-    ask: F,
-) -> anyhow::Result<()>
+async fn wait_for<F, Fut>(programs: &[&Program], what: &str, limit: Duration, ask: F) -> anyhow::Result<()>
 where
     F: Fn() -> Fut,
     Fut: Future<Output = bool>,

@@ -57,12 +57,7 @@ impl Program {
     ///
     /// # Errors
     /// If the program cannot be started or its log cannot be opened.
-    pub fn start(
-        name: &str,
-        command: Command,
-        log: PathBuf,
-        stop_limit: Duration,
-    ) -> anyhow::Result<Self> {
+    pub fn start(name: &str, command: Command, log: PathBuf, stop_limit: Duration) -> anyhow::Result<Self> {
         let mut command = command;
         let child = spawn(name, &mut command, &log)?;
         let program = Self {
@@ -122,9 +117,7 @@ impl Program {
     pub fn kill(&self, signal: Signal) -> anyhow::Result<()> {
         let _reaping = lock(&self.inner.reaping);
         match *self.inner.state.borrow() {
-            State::Running(pid) => {
-                kill(pid, signal).with_context(|| format!("{signal} to {}", self.name()))
-            }
+            State::Running(pid) => kill(pid, signal).with_context(|| format!("{signal} to {}", self.name())),
             State::Ended(status) => bail!("{} has already ended ({status})", self.name()),
         }
     }
@@ -163,10 +156,7 @@ impl Program {
         };
         let _ = self.kill(Signal::SIGTERM);
         if !self.ended_within(self.inner.stop_limit) {
-            tracing::warn!(
-                program = self.name(),
-                "did not end in time after SIGTERM: killed"
-            );
+            tracing::warn!(program = self.name(), "did not end in time after SIGTERM: killed");
             let _ = self.kill(Signal::SIGKILL);
             self.ended_within(Duration::from_secs(5));
         }
@@ -180,14 +170,8 @@ impl Program {
     /// If it cannot be started again.
     pub async fn restart(&self) -> anyhow::Result<()> {
         self.stop().await;
-        let child = spawn(
-            &self.inner.name,
-            &mut lock(&self.inner.command),
-            &self.inner.log,
-        )?;
-        self.inner
-            .state
-            .send_replace(State::Running(pid_of(&child)));
+        let child = spawn(&self.inner.name, &mut lock(&self.inner.command), &self.inner.log)?;
+        self.inner.state.send_replace(State::Running(pid_of(&child)));
         self.watch(child)
     }
 
@@ -211,8 +195,7 @@ impl Program {
                 let pid = pid_of(&child);
                 while let Err(nix::errno::Errno::EINTR) =
                     waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT)
-                {
-                }
+                {}
                 let _reaping = lock(&inner.reaping);
                 let status = child.wait().unwrap_or_default();
                 inner.state.send_replace(State::Ended(status));

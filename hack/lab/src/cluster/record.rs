@@ -27,8 +27,7 @@ impl Record {
             return Ok(None);
         };
         let records = Path::new(&records);
-        std::fs::create_dir_all(records)
-            .with_context(|| format!("making {}", records.display()))?;
+        std::fs::create_dir_all(records).with_context(|| format!("making {}", records.display()))?;
         let path = records.join(format!("{pid}.json"));
         let temporary = records.join(format!(".{pid}.json"));
         let record = json!({
