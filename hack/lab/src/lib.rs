@@ -6,6 +6,7 @@
 //! through Kubernetes objects, a C library and HTTP.
 
 pub mod bench;
+pub mod client;
 pub mod cluster;
 pub mod demo;
 pub mod ebb_install;

@@ -22,7 +22,7 @@ enum Command {
     /// Run a stand-in model server.
     Model(ebb_lab::model::Args),
     /// Run a stand-in node group behind Ebb's `http` provider API.
-    Group(ebb_lab::group::Args),
+    Group(Box<ebb_lab::group::Args>),
     /// Run Ebb's whole story on a fresh cluster and print what happened.
     Demo(ebb_lab::demo::Args),
     /// Run one benchmark by name.
@@ -38,7 +38,7 @@ fn main() -> std::process::ExitCode {
         Command::Nodes(args) => ebb_lab::node::run(args),
         Command::NodeExec(args) => ebb_lab::node::exec::run(args),
         Command::Model(args) => ebb_lab::model::run(args),
-        Command::Group(args) => ebb_lab::group::run(args),
+        Command::Group(args) => ebb_lab::group::run(*args),
         Command::Demo(args) => ebb_lab::demo::run(args),
         Command::Bench(args) => ebb_lab::bench::run(args),
     };

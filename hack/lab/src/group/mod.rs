@@ -120,7 +120,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         failure: args.fail,
     };
     node::runtime()?.block_on(async move {
-        let nodes = Arc::new(Nodes::start(node::client(&args.common.kubeconfig).await?, options).await?);
+        let nodes = Arc::new(
+            Nodes::start(
+                crate::client::from_kubeconfig(&args.common.kubeconfig).await?,
+                options,
+            )
+            .await?,
+        );
         let listener = tokio::net::TcpListener::bind(args.listen).await;
         let listener = listener.with_context(|| format!("listening on {}", args.listen))?;
         let group = Group::start(Arc::clone(&nodes), spec)?;

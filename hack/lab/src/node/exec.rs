@@ -239,14 +239,19 @@ fn shadow(dir: &Path, staging: &Path) -> anyhow::Result<()> {
         } else {
             File::create(&copy)?;
         }
-        mount(
+        let bound = mount(
             Some(&entry.path()),
             &copy,
             none,
             MsFlags::MS_BIND | MsFlags::MS_REC,
             none,
-        )
-        .with_context(|| format!("keeping {}", entry.path().display()))?;
+        );
+        // A folder such as /tmp changes while it is read: what is gone again is not missed.
+        if let Err(error) = bound
+            && entry.path().exists()
+        {
+            return Err(error).with_context(|| format!("keeping {}", entry.path().display()));
+        }
     }
     std::fs::set_permissions(staging, std::fs::metadata(dir)?.permissions())?;
     if dir == Path::new("/") {

@@ -1,7 +1,7 @@
 //! Stand-in nodes: kubelets that start a real process per container.
 //!
 //! A pod's way through here: the one watch of [`nodes`] hands it to the worker in
-//! `pod`, which sets up its `volumes` and runs each `container`: the `environment` is
+//! `worker`, which sets up its `volumes` and runs each `container`: the `environment` is
 //! resolved, `process` starts the program of the image (through `exec`, which makes its
 //! mount namespace), `probes` judge it, and `report` writes what `status` computes from all that.
 //!
@@ -19,6 +19,7 @@ pub mod exec;
 mod expand;
 mod fields;
 pub mod images;
+mod kubelet_api;
 mod machine;
 pub mod nodes;
 mod pod;
@@ -31,15 +32,18 @@ mod runtime;
 mod services;
 pub mod spec;
 mod status;
+mod supervise;
 mod volumes;
+mod worker;
 
 pub use images::Images;
 pub use nodes::Nodes;
 pub use runtime::{Options, lab_program};
 pub use spec::NodeSpec;
 
+use crate::client;
 use anyhow::Context as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
@@ -117,7 +121,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     logs();
     let options = args.common.options(args.first_index)?;
     runtime()?.block_on(async move {
-        let nodes = Nodes::start(client(&args.common.kubeconfig).await?, options).await?;
+        let nodes = Nodes::start(client::from_kubeconfig(&args.common.kubeconfig).await?, options).await?;
         for spec in args.nodes {
             let name = spec.name.clone();
             nodes.add(spec).await?;
@@ -127,18 +131,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         nodes.power_off().await;
         Ok(())
     })
-}
-
-/// A client for the cluster of a kubeconfig.
-///
-/// # Errors
-/// Says what is wrong with the file.
-pub async fn client(kubeconfig: &Path) -> anyhow::Result<kube::Client> {
-    let file = kube::config::Kubeconfig::read_from(kubeconfig)
-        .with_context(|| format!("reading {}", kubeconfig.display()))?;
-    let config =
-        kube::Config::from_custom_kubeconfig(file, &kube::config::KubeConfigOptions::default()).await?;
-    Ok(kube::Client::try_from(config)?)
 }
 
 /// Returns at SIGINT or SIGTERM.

@@ -2,11 +2,11 @@
 
 use super::images::Images;
 use super::machine::Machine;
-use super::pod::{self, Known};
+use super::pod::Known;
 use super::process::Launcher;
 use super::runtime::{Options, Runtime};
 use super::spec::NodeSpec;
-use super::{events, lock, registration, services};
+use super::{events, kubelet_api, lock, registration, services, worker};
 use anyhow::Context as _;
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::Pod;
@@ -15,17 +15,19 @@ use kube::{Api, Client, ResourceExt};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio_rustls::TlsAcceptor;
 use tokio_util::task::AbortOnDropHandle;
 
 /// Stand-in nodes that run pods as processes of this machine. Dropping it kills them all.
 pub struct Nodes {
     runtime: Arc<Runtime>,
     machines: Arc<Mutex<Machines>>,
+    acceptor: TlsAcceptor,
     commands: mpsc::UnboundedSender<Command>,
     _tasks: Vec<AbortOnDropHandle<()>>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Machines {
     by_name: BTreeMap<String, Up>,
     last_index: u8,
@@ -33,10 +35,10 @@ struct Machines {
     starting: BTreeMap<String, u8>,
 }
 
-#[derive(Debug)]
 struct Up {
     machine: Arc<Machine>,
-    heart: AbortOnDropHandle<()>,
+    /// What it does besides running pods; ends when this is dropped.
+    tasks: Vec<AbortOnDropHandle<()>>,
 }
 
 /// What the dispatcher is told besides the watch.
@@ -88,6 +90,7 @@ impl Nodes {
         Ok(Self {
             runtime,
             machines: Arc::new(Mutex::new(machines)),
+            acceptor: kubelet_api::acceptor()?,
             commands,
             _tasks: tasks,
         })
@@ -137,9 +140,19 @@ impl Nodes {
             let (client, machine) = (self.runtime.client.clone(), Arc::clone(&machine));
             tokio::spawn(async move { registration::heartbeat(client, &machine, &images, &uid).await })
         };
+        let mut tasks = vec![AbortOnDropHandle::new(heart)];
+        match tokio::net::TcpListener::bind((machine.ip.as_str(), kubelet_api::PORT)).await {
+            Ok(listener) => {
+                let pods = self.runtime.options.dir.join("pods");
+                let serve = kubelet_api::serve(listener, self.acceptor.clone(), pods);
+                tasks.push(AbortOnDropHandle::new(tokio::spawn(serve)));
+            }
+            // Everything but `kubectl logs` works.
+            Err(error) => tracing::warn!(node = name, %error, "the kubelet's API cannot listen"),
+        }
         let up = Up {
             machine: Arc::clone(&machine),
-            heart: AbortOnDropHandle::new(heart),
+            tasks,
         };
         lock(&self.machines).by_name.insert(name, up);
         let _ = self.commands.send(Command::Added(machine));
@@ -191,7 +204,7 @@ impl Nodes {
             .remove(name)
             .with_context(|| format!("no node {name} runs here"))?;
         up.machine.power.cancel();
-        drop(up.heart);
+        drop(up.tasks);
         let (done, forgotten) = oneshot::channel();
         let _ = self.commands.send(Command::Removed(name.to_owned(), done));
         let _ = forgotten.await;
@@ -286,9 +299,11 @@ impl Dispatcher {
             worker.known.send_modify(|known| known.pod = pod);
         } else if let Some(machine) = self.machines.get(&node) {
             let (known, receiver) = watch::channel(Known { pod, gone: false });
-            machine
-                .pods
-                .spawn(pod::run(Arc::clone(&self.runtime), Arc::clone(machine), receiver));
+            machine.pods.spawn(worker::run(
+                Arc::clone(&self.runtime),
+                Arc::clone(machine),
+                receiver,
+            ));
             self.workers.insert(uid, Worker { node, known });
         }
     }

@@ -178,7 +178,8 @@ fn status(machine: &Machine, images: &Images) -> Value {
         .map(|name| json!({"names": [name], "sizeBytes": 1}))
         .collect();
     json!({
-        "addresses": [{"type": "InternalIP", "address": machine.ip}, {"type": "Hostname", "address": spec.name}],
+        // Without the Hostname that a kubelet adds: nothing resolves it here, and the API server would try it first.
+        "addresses": [{"type": "InternalIP", "address": machine.ip}],
         "capacity": {"cpu": spec.cpu, "memory": spec.memory, "pods": spec.pods.to_string(), "ephemeral-storage": "100Gi"},
         "allocatable": {"cpu": spec.cpu, "memory": allocatable_memory(&spec.memory), "pods": spec.pods.to_string(), "ephemeral-storage": "100Gi"},
         "conditions": [
@@ -187,6 +188,7 @@ fn status(machine: &Machine, images: &Images) -> Value {
             condition("PIDPressure", "False", "KubeletHasSufficientPID", "kubelet has sufficient PID available"),
             condition("Ready", "True", "KubeletReady", "kubelet is posting ready status"),
         ],
+        "daemonEndpoints": {"kubeletEndpoint": {"Port": super::kubelet_api::PORT}},
         "images": images,
         "nodeInfo": {
             "architecture": arch(), "operatingSystem": "linux", "osImage": "Ebb lab",

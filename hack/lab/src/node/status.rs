@@ -316,13 +316,14 @@ pub fn patch(pod: &Pod, view: &PodView, before: &[PodCondition], now: &Time) -> 
         "phase": phase,
         "conditions": list,
         "hostIP": view.host_ip,
-        "hostIPs": [{"ip": view.host_ip}],
+        // Both lists merge by address: without the directive a pod that starts again elsewhere would have two.
+        "hostIPs": [{"$patch": "replace"}, {"ip": view.host_ip}],
         "startTime": view.start_time,
         "observedGeneration": pod.metadata.generation,
     });
     if let Some(ip) = &view.ip {
         status["podIP"] = json!(ip);
-        status["podIPs"] = json!([{"ip": ip}]);
+        status["podIPs"] = json!([{"$patch": "replace"}, {"ip": ip}]);
     }
     if !view.init.is_empty() {
         status["initContainerStatuses"] = json!(view.init);

@@ -28,12 +28,15 @@ pub struct VolumeError {
     reason: String,
 }
 
+/// Audience and life in seconds of a token.
+type TokenKind = (Option<String>, i64);
+
 /// The volumes of one pod.
 pub struct Volumes {
     client: Client,
     dir: PathBuf,
     facts: NodeFacts,
-    tokens: Mutex<HashMap<(Option<String>, i64), (String, Instant)>>,
+    tokens: Mutex<HashMap<TokenKind, (String, Instant)>>,
     written: Mutex<HashMap<String, Payload>>,
 }
 
@@ -366,6 +369,25 @@ pub fn mounts(
     Ok(mounts)
 }
 
+/// Adds a mount for each of `paths` that the others would hide.
+///
+/// Programs of this machine stand for images, so a volume at `/tmp` must not take away what lies below `/tmp` here.
+pub fn keep_visible(paths: &[PathBuf], mounts: &mut Vec<Mount>) {
+    for path in paths {
+        let covering = mounts
+            .iter()
+            .filter_map(|mount| Some((mount, path.strip_prefix(&mount.target).ok()?)));
+        let deepest = covering.max_by_key(|(mount, _)| mount.target.components().count());
+        if deepest.is_some_and(|(mount, rest)| !mount.source.join(rest).exists()) {
+            mounts.push(Mount {
+                source: path.clone(),
+                target: path.clone(),
+                read_only: false,
+            });
+        }
+    }
+}
+
 fn sub_path_source(volume: &Path, path: &str) -> Result<PathBuf, String> {
     let source = volume.join(path);
     if Path::new(path).is_absolute() || path.split('/').any(|part| part == "..") {
@@ -414,6 +436,25 @@ mod tests {
         assert_eq!(missing.unwrap_err(), "secret \"s\" not found");
         project(None, "secret \"s\"", None, true, 0o644, &mut payload).unwrap();
         assert!(payload.is_empty());
+    }
+
+    #[test]
+    fn what_a_volume_would_hide_stays_visible() {
+        let dir = tempfile::tempdir().unwrap();
+        let mount = |source: &Path, target: &str| Mount {
+            source: source.to_owned(),
+            target: target.into(),
+            read_only: false,
+        };
+        let program = PathBuf::from("/tmp/x/program");
+        let mut mounts = vec![mount(dir.path(), "/tmp"), mount(dir.path(), "/var")];
+        keep_visible(std::slice::from_ref(&program), &mut mounts);
+        assert_eq!(mounts.last().unwrap().target, program);
+        // A host path that shows the same is no obstacle.
+        std::fs::create_dir_all(dir.path().join("x/program")).unwrap();
+        let mut mounts = vec![mount(dir.path(), "/tmp")];
+        keep_visible(&[program], &mut mounts);
+        assert_eq!(mounts.len(), 1);
     }
 
     #[test]
