@@ -1,4 +1,9 @@
 //! Kubernetes objects in and out of `plan`'s types: reflectors and writes.
 
+pub mod call;
+pub mod events;
+pub mod rooms;
+pub mod scale;
+pub mod slices;
 pub mod view;
 pub mod workloads;

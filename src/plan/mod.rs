@@ -1,4 +1,12 @@
 //! Decisions: data in, decision and reason out. No tokio, no kube client, no clock, no environment in here, so that
 //! a simulator and the controller call the very same functions; `tests/layers.rs` guards that.
 
+pub mod autoscale;
+pub mod endpoints;
+pub mod gate_ports;
 pub mod gating;
+pub mod nodes_wanted;
+pub mod release;
+pub mod room;
+pub mod sleep;
+pub mod wake_failure;

@@ -1,0 +1,240 @@
+//! Nodes and pods as the plans about nodes see them: free GPU memory, who is on a node, who waits for one.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Node, Pod};
+use kube::ResourceExt;
+
+use super::view::View;
+use crate::api::gpu_request;
+use crate::api::units::Bytes;
+use crate::api::{annotations, names};
+use crate::plan::nodes_wanted::{PendingPod, Taint, Toleration};
+use crate::plan::room::GpuRoom;
+
+/// A pod that ends within this many seconds has as good as left its GPU: asking for a node would take longer.
+const LEAVES_SOON_S: i64 = 60;
+
+/// The pods of the cluster, by node, finished ones left out.
+pub struct PodsByNode(HashMap<String, Vec<Arc<Pod>>>);
+
+impl PodsByNode {
+    /// Sorts the view's pods.
+    #[must_use]
+    pub fn new(pods: &[Arc<Pod>]) -> Self {
+        let mut map: HashMap<String, Vec<Arc<Pod>>> = HashMap::new();
+        for pod in pods {
+            if let Some(node) = pod.spec.as_ref().and_then(|spec| spec.node_name.as_ref())
+                && !is_finished(pod)
+            {
+                map.entry(node.clone()).or_default().push(pod.clone());
+            }
+        }
+        Self(map)
+    }
+
+    fn on(&self, node: &str) -> &[Arc<Pod>] {
+        self.0.get(node).map_or(&[], Vec::as_slice)
+    }
+
+    /// What is on the node, in words; `None`: nothing but DaemonSet and mirror pods.
+    #[must_use]
+    pub fn occupied(&self, node: &str) -> Option<String> {
+        self.on(node)
+            .iter()
+            .find(|pod| !is_daemon(pod) && !is_mirror(pod))
+            .map(|pod| format!("pod {}/{}", pod.namespace().unwrap_or_default(), pod.name_any()))
+    }
+}
+
+fn is_finished(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    matches!(phase, Some("Succeeded" | "Failed"))
+}
+
+fn is_daemon(pod: &Pod) -> bool {
+    pod.owner_references().iter().any(|owner| owner.kind == "DaemonSet")
+}
+
+fn is_mirror(pod: &Pod) -> bool {
+    pod.annotations().contains_key("kubernetes.io/config.mirror")
+}
+
+/// Whether the node's `Ready` condition is true.
+#[must_use]
+pub fn is_ready(node: &Node) -> bool {
+    node.status
+        .iter()
+        .flat_map(|status| status.conditions.iter().flatten())
+        .any(|condition| condition.type_ == "Ready" && condition.status == "True")
+}
+
+/// Whether a person cordoned the node.
+#[must_use]
+pub fn is_cordoned(node: &Node) -> bool {
+    node.spec.as_ref().and_then(|spec| spec.unschedulable) == Some(true)
+}
+
+/// Whether the scheduler knows of the node's GPU memory.
+#[must_use]
+pub fn offers_gpu_memory(node: &Node) -> bool {
+    node.status
+        .as_ref()
+        .and_then(|status| status.allocatable.as_ref()?.get(names::GPU_MEMORY))
+        .is_some_and(|quantity| quantity.0 != "0")
+}
+
+/// The node's healthy GPUs with what bound pods leave of them; empty until its agent has told and is well.
+#[must_use]
+pub fn gpus(view: &View, node: &str, pods: &PodsByNode, now: Timestamp) -> Vec<GpuRoom> {
+    let Some(status) = view.gpu_nodes.get("", node).and_then(|gpu_node| gpu_node.status.clone()) else {
+        return Vec::new();
+    };
+    if !status.conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True") {
+        return Vec::new();
+    }
+    let mut rooms: BTreeMap<&str, GpuRoom> = status
+        .gpus
+        .iter()
+        .filter(|gpu| gpu.healthy)
+        .map(|gpu| (gpu.uuid.as_str(), GpuRoom::empty(gpu.usable())))
+        .collect();
+    for pod in pods.on(node) {
+        if leaves_soon(pod, now) {
+            continue;
+        }
+        reserve(&mut rooms, pod);
+    }
+    rooms.into_values().collect()
+}
+
+fn reserve(rooms: &mut BTreeMap<&str, GpuRoom>, pod: &Pod) {
+    let (Some(devices), Some(bytes)) = (
+        pod.annotations().get(annotations::GPU_DEVICES),
+        pod.annotations().get(annotations::GPU_MEMORY_BYTES),
+    ) else {
+        return;
+    };
+    let bytes: Bytes = bytes.parse().unwrap_or(Bytes::MAX);
+    let exclusive = pod.annotations().get(annotations::SHARING).map(String::as_str) == Some("exclusive");
+    for device in devices.split(',') {
+        let uuid = device.rsplit('=').next().unwrap_or(device).trim();
+        if let Some(room) = rooms.get_mut(uuid) {
+            room.empty = false;
+            room.exclusive |= exclusive;
+            room.free = room.free.saturating_sub(bytes);
+        }
+    }
+}
+
+fn leaves_soon(pod: &Pod, now: Timestamp) -> bool {
+    pod.metadata.deletion_timestamp.as_ref().is_some_and(|end| {
+        let left = end.0.as_second() - now.as_second();
+        left.abs() <= LEAVES_SOON_S
+    })
+}
+
+/// The node's taints that keep pods away, Ebb's own left out.
+#[must_use]
+pub fn taints(node: &Node) -> Vec<Taint> {
+    node.spec
+        .iter()
+        .flat_map(|spec| spec.taints.iter().flatten())
+        .filter(|taint| taint.key != names::RELEASE_TAINT && taint.effect != "PreferNoSchedule")
+        .map(|taint| Taint {
+            key: taint.key.clone(),
+            value: taint.value.clone().unwrap_or_default(),
+            effect: taint.effect.clone(),
+        })
+        .collect()
+}
+
+/// The pod as one that waits for a GPU; `None` when it does not.
+#[must_use]
+pub fn pending(pod: &Pod) -> Option<PendingPod> {
+    let spec = pod.spec.as_ref()?;
+    let waits = spec.node_name.is_none()
+        && spec.scheduler_name.as_deref() == Some(names::SCHEDULER)
+        && pod.metadata.deletion_timestamp.is_none()
+        && !is_finished(pod)
+        && spec
+            .scheduling_gates
+            .iter()
+            .flatten()
+            .all(|gate| gate.name.starts_with("ebb.dev/"));
+    if !waits {
+        return None;
+    }
+    let request = gpu_request::gpu_request(spec, pod.metadata.annotations.as_ref()).ok()??;
+    Some(PendingPod {
+        uid: pod.uid().unwrap_or_default(),
+        name: format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any()),
+        created_ms: pod
+            .creation_timestamp()
+            .map_or(0, |created| created.0.as_millisecond()),
+        request,
+        node_selector: spec.node_selector.clone().unwrap_or_default(),
+        tolerations: spec
+            .tolerations
+            .iter()
+            .flatten()
+            .map(|toleration| Toleration {
+                key: toleration.key.clone().filter(|key| !key.is_empty()),
+                value: if toleration.operator.as_deref() == Some("Exists") {
+                    None
+                } else {
+                    Some(toleration.value.clone().unwrap_or_default())
+                },
+                effect: toleration.effect.clone().filter(|effect| !effect.is_empty()),
+            })
+            .collect(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use serde_json::json;
+
+    fn pod(extra: serde_json::Value) -> Arc<Pod> {
+        let mut value = json!({
+            "metadata": {"name": "p", "namespace": "models"},
+            "spec": {"nodeName": "n1", "containers": []},
+        });
+        json_patch::merge(&mut value, &extra);
+        Arc::new(serde_json::from_value(value).unwrap())
+    }
+
+    #[test]
+    fn only_pods_that_somebody_would_miss_occupy_a_node() {
+        let others = [
+            pod(json!({"metadata": {"ownerReferences": [{"kind": "DaemonSet", "name": "d", "apiVersion": "apps/v1", "uid": "u"}]}})),
+            pod(json!({"metadata": {"annotations": {"kubernetes.io/config.mirror": "x"}}})),
+            pod(json!({"status": {"phase": "Succeeded"}})),
+        ];
+        assert_eq!(PodsByNode::new(&others).occupied("n1"), None);
+        let terminating = pod(json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}));
+        let all = [others[0].clone(), terminating];
+        assert_eq!(PodsByNode::new(&all).occupied("n1").as_deref(), Some("pod models/p"));
+    }
+
+    #[test]
+    fn reservations_are_read_from_the_binding() {
+        let mut rooms = BTreeMap::from([
+            ("GPU-a", GpuRoom::empty(Bytes(100))),
+            ("GPU-b", GpuRoom::empty(Bytes(100))),
+        ]);
+        let bound = pod(json!({"metadata": {"annotations": {
+            annotations::GPU_DEVICES: "runtime.nvidia.com/gpu=GPU-a,runtime.nvidia.com/gpu=GPU-b",
+            annotations::GPU_MEMORY_BYTES: "60",
+        }}}));
+        reserve(&mut rooms, &bound);
+        reserve(&mut rooms, &pod(json!({"metadata": {"annotations": {
+            annotations::GPU_DEVICES: "GPU-b", annotations::GPU_MEMORY_BYTES: "60",
+        }}})));
+        assert_eq!((rooms["GPU-a"].free, rooms["GPU-b"].free), (Bytes(40), Bytes(0)));
+    }
+}
