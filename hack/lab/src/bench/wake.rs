@@ -142,10 +142,11 @@ async fn ebb_wake(site: &Site, address: SocketAddr) -> anyhow::Result<(f64, f64)
 /// When the model began to listen, in Unix milliseconds, by its own log.
 fn listening_at(log: &Path) -> anyhow::Result<f64> {
     let text = std::fs::read_to_string(log)?;
-    let lines = text
+    let mut lines = text
         .lines()
+        .rev()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let listening = lines.filter(|line| line["event"] == "listening").last();
+    let listening = lines.find(|line| line["event"] == "listening");
     let at = listening.and_then(|line| line["unix_ms"].as_f64());
     at.with_context(|| format!("{} does not say when the model began to listen", log.display()))
 }

@@ -58,7 +58,7 @@ async fn tell(plan: Plan, keep: bool) -> anyhow::Result<()> {
     let mut site = timeline
         .during(
             "starting etcd, the API server, kube-proxy and the nodes",
-            Site::start(plan),
+            Box::pin(Site::start(plan)),
         )
         .await?;
     let _feed = timeline.follow(site.observer.listen());
