@@ -19,3 +19,5 @@ pub mod release;
 pub mod room;
 pub mod sleep;
 pub mod wake_failure;
+pub mod balance;
+pub mod hold;
