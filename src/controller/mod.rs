@@ -19,7 +19,7 @@ mod headless;
 mod link;
 mod metrics;
 mod nodes;
-//POLICIES mod policies;
+mod policies;
 mod reach;
 mod reconcile;
 mod services;
@@ -46,11 +46,15 @@ use self::tokens::Tokens;
 use crate::api::names;
 use crate::cluster::client;
 use crate::cluster::events::Events;
-use crate::cluster::view::{Hooks, View};
+use crate::cluster::ledger_feed;
+use crate::cluster::view::View;
+use crate::extender::{self, Extender};
 use crate::serve::certificates::Certificates;
+use crate::serve::forward::Forwarder;
 use crate::serve::health::{self, Readiness};
 use crate::serve::lease::{self, Holder, LeaderState, Leadership};
 use crate::serve::{ca_bundle, https};
+use crate::webhook;
 
 /// Arguments of the process.
 #[derive(Debug, clap::Args)]
@@ -82,6 +86,10 @@ pub struct Args {
 /// stop taking connections.
 const LINGER: Duration = Duration::from_secs(2);
 
+/// Longest wait for the leader's answer to a scheduler's request that another replica passed on, and its longest size.
+const FORWARD_LIMIT: Duration = Duration::from_secs(5);
+const FORWARD_ANSWER: usize = 16 << 20;
+
 /// Runs until `shutdown` is cancelled, then finishes what it holds.
 ///
 /// # Errors
@@ -107,12 +115,8 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
         return Ok(());
     };
     tokio::spawn(ca_bundle::keep(client.clone(), certificates.ca(), end.clone()));
-    let view = started(
-        "view",
-        View::start(client.clone(), Hooks::default(), end.clone()),
-        &shutdown,
-    )
-    .await?;
+    let (ledger, hooks) = ledger_feed::feed();
+    let view = started("view", View::start(client.clone(), hooks, end.clone()), &shutdown).await?;
     let Some(view) = view else {
         return Ok(());
     };
@@ -131,7 +135,50 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
         stop_leading.clone(),
     );
 
+    let began = Instant::now();
     let mut servers = JoinSet::new();
+    let limits = https::Limits::default();
+    let runtime_class = webhook::runtime_class::follow(client.clone(), end.clone()).await?;
+    let admission = webhook::router(webhook::Context {
+        view: view.clone(),
+        namespace: args.namespace.clone(),
+        runtime_class,
+        metrics: webhook::Metrics::new(&mut registry),
+    });
+    let listener = listen(&args, args.webhook_port, "the webhook").await?;
+    servers.spawn(https::serve_https(
+        listener,
+        certificates.server(),
+        admission,
+        limits,
+        end.clone(),
+    ));
+    tokio::spawn(webhook::ownership::keep(
+        client.clone(),
+        leadership.clone(),
+        end.clone(),
+    ));
+
+    let service = format!("{}.{}.svc", names::CONTROLLER, args.namespace);
+    let scheduling = extender::router(Arc::new(Extender {
+        client: client.clone(),
+        view: view.clone(),
+        ledger: ledger.clone(),
+        leadership: leadership.clone(),
+        forwarder: Forwarder::new(certificates.client(), service, FORWARD_LIMIT, FORWARD_ANSWER),
+        port: args.extender_port,
+        started: began,
+    }));
+    let listener = listen(&args, args.extender_port, "the scheduler").await?;
+    let mutual = certificates.mutual_server();
+    servers.spawn(https::serve_https(
+        listener,
+        mutual,
+        scheduling,
+        limits,
+        end.clone(),
+    ));
+
     let gates = Gates::default();
     let link = link::router(Arc::new(LinkServer {
         gates: gates.clone(),
@@ -142,7 +189,6 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
         shutdown: end.clone(),
     }));
     let listener = listen(&args, args.link_port, "the gates").await?;
-    let limits = https::Limits::default();
     servers.spawn(https::serve_https(
         listener,
         certificates.server(),
@@ -168,6 +214,8 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
         leadership,
         metrics,
         namespace: args.namespace.clone().into(),
+        ledger,
+        began,
         since: Instant::now(),
     };
     lead(context, &shutdown).await;
@@ -217,6 +265,7 @@ async fn lead(context: Context, shutdown: &CancellationToken) {
             ..context.clone()
         };
         let mut reconcilers = reconcilers(&context, &stop);
+        reconcilers.spawn(wake_scheduler(context.clone(), stop.clone()));
         tokio::select! {
             _ = state.wait_for(|state| !leading(state)) => {}
             () = shutdown.cancelled() => {}
@@ -229,6 +278,25 @@ async fn lead(context: Context, shutdown: &CancellationToken) {
         stop.cancel();
         while reconcilers.join_next().await.is_some() {}
     }
+}
+
+/// Has the scheduler try again what it was refused while nobody led; then waits for the end like the reconcilers.
+async fn wake_scheduler(context: Context, stop: CancellationToken) {
+    let mut pause = Duration::from_millis(100);
+    while let Some(term) = context.leadership.term_now() {
+        match extender::on_leading(&context.client, &context.view, term).await {
+            Ok(()) => break,
+            Err(error) => tracing::warn!(
+                error = format!("{error:#}"),
+                "cannot cause a Node event; trying again"
+            ),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => pause = (pause * 2).min(Duration::from_secs(10)),
+            () = stop.cancelled() => return,
+        }
+    }
+    stop.cancelled().await;
 }
 
 fn reconcilers(context: &Context, stop: &CancellationToken) -> JoinSet<()> {
@@ -258,11 +326,11 @@ fn reconcilers(context: &Context, stop: &CancellationToken) -> JoinSet<()> {
         vec![view.changed.clone()],
         stop.clone(),
     ));
-    /*POLICIES running.spawn(drive(
+    running.spawn(drive(
         policies::Policies::new(context.clone()),
         metrics.clone(),
         vec![view.changed.clone()],
         stop.clone(),
-    ));*/
+    ));
     running
 }
