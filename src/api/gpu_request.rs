@@ -128,10 +128,7 @@ pub fn request_of(pod: &impl Asking) -> Result<Option<GpuRequest>, GpuRequestErr
         return Ok(None);
     };
     if let Some((second, _)) = asking.next() {
-        return Err(GpuRequestError::TwoContainers(
-            name.to_owned(),
-            second.to_owned(),
-        ));
+        return Err(GpuRequestError::TwoContainers(name.to_owned(), second.to_owned()));
     }
     let total: Bytes = text.parse().map_err(|error| GpuRequestError::Quantity {
         container: name.to_owned(),

@@ -1,12 +1,11 @@
 //! `NodePolicy`: which nodes form a group, who adds and removes them, and when they may go.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector, Time};
 use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::duration::Span;
-use super::scale_policy::PolicyStatus;
 
 /// A group of nodes that one provider object adds and removes, and when Ebb may release or ask for one.
 #[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -14,7 +13,8 @@ use super::scale_policy::PolicyStatus;
     group = "ebb.dev",
     version = "v1alpha1",
     kind = "NodePolicy",
-    status = "PolicyStatus",
+    doc = "A group of nodes that one provider object adds and removes, and when Ebb may release or ask for one.",
+    status = "NodePolicyStatus",
     shortname = "np",
     category = "ebb",
     printcolumn = r#"{"name":"Provider","type":"string","jsonPath":".spec.provider.kind"}"#,
@@ -58,12 +58,15 @@ pub struct NodePolicySpec {
 
 /// Who adds and removes nodes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[schemars(extend("x-kubernetes-validations" = [{
+    "rule": "self.kind != 'http' || size(self.url) > 0",
+    "message": "the http provider needs a url, as http://nodes.example:8080",
+}]))]
 #[serde(rename_all = "camelCase")]
 pub struct Provider {
     /// The provider's kind.
     pub kind: ProviderKind,
     /// Base URL of the `http` provider, as `http://nodes.example:8080`.
-    #[serde(default)]
     #[schemars(length(max = 2048), regex(pattern = "^https?://"))]
     pub url: String,
     /// Name of the group at the provider.
@@ -87,11 +90,44 @@ pub struct NodeShape {
     #[schemars(range(min = 1, max = 64))]
     pub gpus: u32,
     /// Memory that each GPU offers to pods, as a quantity (`24Gi`).
-    #[schemars(length(min = 1, max = 32))]
+    #[schemars(length(min = 1, max = 32), extend("x-kubernetes-validations" = [{
+        "rule": "isQuantity(self)",
+        "message": "gpuMemory must be a quantity, as 24Gi",
+    }]))]
     pub gpu_memory: String,
     /// Labels that a new node carries; pods with a nodeSelector are held against them.
     #[serde(default)]
     pub labels: std::collections::BTreeMap<String, String>,
+}
+
+/// What a node policy does at present.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct NodePolicyStatus {
+    /// Nodes that it selects.
+    pub selected: u32,
+    /// Nodes that the provider was asked for and that cannot take pods yet. Written before the provider is asked, so
+    /// that a leader which takes over asks for none of them twice.
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["requestId"]))]
+    pub asked: Vec<AskedNode>,
+    /// `Ready`: whether the policy can be followed, and if not, why.
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    pub conditions: Vec<Condition>,
+    /// Generation of the spec that this status was made from.
+    pub observed_generation: i64,
+}
+
+/// A node that the provider was asked for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AskedNode {
+    /// Names the request at the provider.
+    pub request_id: String,
+    /// When it was asked for.
+    pub at: Time,
+    /// Why.
+    #[serde(default)]
+    pub reason: String,
 }
 
 mod defaults {

@@ -17,6 +17,9 @@ use crate::api::units::{Bytes, GpuId, NodeName, PodUid};
 use crate::api::{annotations, names};
 use crate::plan::ledger::{Claim, Entry, Event, Fence, GpuFacts, Inventory, Ledger, NodeFacts, PodFacts};
 
+/// How the kubelet and container runtimes name a GPU by CDI.
+pub const CDI_PREFIX: &str = "runtime.nvidia.com/gpu=";
+
 /// The one ledger of the process. Cheap to clone; all clones are one.
 #[derive(Clone, Default)]
 pub struct SharedLedger(Arc<Shared>);
@@ -72,12 +75,16 @@ impl SharedLedger {
 
 /// An empty ledger, and the hooks that keep it current once they are given to [`super::view::View::start`].
 #[must_use]
-pub fn feed() -> (Hooks, SharedLedger) {
+pub fn feed() -> (SharedLedger, Hooks) {
     let ledger = SharedLedger::default();
     let hooks = Hooks {
-        pods: Some(hook(ledger.clone(), pod_uid, pod_event, Event::PodGone, |ledger| {
-            ledger.bound_pods().cloned().collect()
-        })),
+        pods: Some(hook(
+            ledger.clone(),
+            pod_uid,
+            pod_event,
+            Event::PodGone,
+            |ledger| ledger.bound_pods().cloned().collect(),
+        )),
         nodes: Some(hook(
             ledger.clone(),
             |node: &Node| node_name(node),
@@ -93,7 +100,7 @@ pub fn feed() -> (Hooks, SharedLedger) {
             |ledger| ledger.nodes().map(|node| node.name().clone()).collect(),
         )),
     };
-    (hooks, ledger)
+    (ledger, hooks)
 }
 
 /// One kind's watch events as ledger events. After a full list, whatever the ledger knows and the list does not have is
@@ -209,7 +216,8 @@ fn claim(pod: &Pod, request: &GpuRequest) -> Claim {
 #[must_use]
 pub fn devices(text: &str) -> Vec<GpuId> {
     text.split(',')
-        .map(|name| name.rsplit_once('=').map_or(name, |(_, uuid)| uuid).trim())
+        .map(str::trim)
+        .map(|name| name.strip_prefix(CDI_PREFIX).unwrap_or(name))
         .filter(|uuid| !uuid.is_empty())
         .map(GpuId::from)
         .collect()
@@ -220,10 +228,9 @@ pub fn devices(text: &str) -> Vec<GpuId> {
 pub fn node_facts(node: &Node) -> NodeFacts {
     let spec = node.spec.as_ref();
     let taints = spec.and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
-    let releasing = taints.iter().any(|taint| taint.key == names::RELEASE_TAINT);
     let fence = if node.metadata.deletion_timestamp.is_some() {
         Some(Fence::Deleting)
-    } else if releasing {
+    } else if taints.iter().any(|taint| taint.key == names::RELEASE_TAINT) {
         Some(Fence::Releasing)
     } else if spec.is_some_and(|spec| spec.unschedulable == Some(true)) {
         Some(Fence::Cordoned)
@@ -240,14 +247,16 @@ pub fn node_facts(node: &Node) -> NodeFacts {
 #[must_use]
 pub fn inventory(node: &GpuNode) -> Inventory {
     let status = node.status.as_ref();
-    let conditions = status.map(|status| status.conditions.as_slice()).unwrap_or_default();
-    let closed = conditions
-        .iter()
-        .find(|condition| condition.type_ == "Ready" && condition.status != "True")
-        .map(|condition| match condition.message.as_str() {
-            "" => condition.reason.as_str().into(),
-            message => message.into(),
-        });
+    let conditions = status
+        .map(|status| status.conditions.as_slice())
+        .unwrap_or_default();
+    let ready = conditions.iter().find(|condition| condition.type_ == "Ready");
+    let closed = match ready {
+        Some(ready) if ready.status == "True" => None,
+        Some(ready) if ready.message.is_empty() => Some(ready.reason.as_str().into()),
+        Some(ready) => Some(ready.message.as_str().into()),
+        None => Some("the agent has not read them yet".into()),
+    };
     Inventory {
         node: node_name(node),
         closed,
@@ -267,5 +276,73 @@ fn gpu_facts(gpu: &Gpu) -> GpuFacts {
         foreign: None,
         used_by: BTreeMap::new(),
         closed: (!gpu.healthy).then(|| why().into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use serde_json::json;
+    use watcher::Event as Seen;
+
+    #[test]
+    fn devices_by_cdi_name_or_uuid() {
+        let expected = vec![GpuId::from("GPU-a"), GpuId::from("GPU-b")];
+        assert_eq!(
+            devices("runtime.nvidia.com/gpu=GPU-a,runtime.nvidia.com/gpu=GPU-b"),
+            expected
+        );
+        assert_eq!(devices("GPU-a, GPU-b,"), expected);
+        assert!(devices("").is_empty());
+    }
+
+    fn pod(uid: &str, extra: serde_json::Value) -> Pod {
+        let mut pod = json!({
+            "metadata": {"name": uid, "namespace": "models", "uid": uid},
+            "spec": {"containers": [{"name": "c", "resources": {"limits": {"ebb.dev/gpu-memory": "18Gi"}}}]},
+        });
+        json_patch::merge(&mut pod, &extra);
+        serde_json::from_value(pod).unwrap()
+    }
+
+    #[test]
+    fn crash_of_a_watch_drops_what_the_new_list_does_not_name() {
+        let (ledger, hooks) = feed();
+        let told = hooks.pods.unwrap();
+        let bound = |uid| pod(uid, json!({"spec": {"nodeName": "n"}}));
+        for event in [
+            Seen::Init,
+            Seen::InitApply(bound("a")),
+            Seen::InitApply(bound("b")),
+            Seen::InitDone,
+            Seen::Init,
+            Seen::InitApply(bound("b")),
+            Seen::InitDone,
+        ] {
+            told(&event);
+        }
+        let left = ledger.read(|ledger| ledger.bound_pods().map(ToString::to_string).collect::<Vec<_>>());
+        assert_eq!(left, ["b"]);
+    }
+
+    #[test]
+    fn a_pod_that_somebody_else_bound_is_unassigned_and_a_finished_one_has_nothing() {
+        let entry = |pod: &Pod| match pod_event(pod) {
+            Some(Event::Pod(facts)) => facts,
+            other => panic!("{other:?}"),
+        };
+        let bound = entry(&pod("a", json!({"spec": {"nodeName": "n"}})));
+        assert_eq!((bound.entry.claim.gpus, bound.finished), (None, false));
+        let ours = pod(
+            "b",
+            json!({"spec": {"nodeName": "n"}, "status": {"phase": "Failed"}, "metadata": {"annotations": {
+                "ebb.dev/gpu-devices": "runtime.nvidia.com/gpu=GPU-a", "ebb.dev/gpu-memory-bytes": "7"}}}),
+        );
+        let ours = entry(&ours);
+        assert_eq!(ours.entry.claim.gpus, Some(vec![GpuId::from("GPU-a")]));
+        assert_eq!((ours.entry.claim.bytes_per_gpu, ours.finished), (Bytes(7), true));
+        let other = json!({"spec": {"containers": [{"name": "c"}]}});
+        assert!(pod_event(&serde_json::from_value(other).unwrap()).is_none());
     }
 }

@@ -1,1 +1,317 @@
-//! The kube-scheduler extender: filter, prioritize, bind.
+//! The kube-scheduler extender. The scheduler asks where a pod has room (filter), which of those is best
+//! (prioritize), and has the pod bound to one (bind); the ledger answers.
+//!
+//! The life of a pod that asks for GPU memory, by file:
+//!
+//! 1. [`verbs`]: filter names the nodes with room, prioritize the tightest of them. kube-scheduler binds in the
+//!    background, so that the next pod's filter can come before this pod's bind: the likely winner's memory is held in
+//!    the ledger from here on.
+//! 2. [`bind`]: the hold becomes a Binding, one write that sets node and GPUs; the watch then turns it into an entry.
+//! 3. [`refused`]: a pod that found no room is tried again when memory frees, by a Node event.
+//!
+//! Only the leader decides. The other replicas pass requests on to it, and refuse in words when there is none.
+
+mod bind;
+mod refused;
+#[cfg(test)]
+mod tests;
+mod verbs;
+mod wire;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
+use bytes::Bytes;
+use http_body_util::BodyExt;
+use k8s_openapi::api::core::v1::{Node, Pod};
+use kube::api::{ListParams, Patch, PatchParams};
+use kube::{Api, Client, ResourceExt};
+use serde_json::json;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::api::names;
+use crate::cluster::call::{CallError, limited};
+use crate::cluster::ledger_feed::{CDI_PREFIX, SharedLedger, pod_event};
+use crate::cluster::view::View;
+use crate::serve::forward::Forwarder;
+use crate::serve::lease::Leadership;
+use verbs::{Desk, Verb};
+
+/// Largest body taken: 5,000 whole nodes of 3 KiB and a pod of a megabyte fit.
+const MAX_BODY: usize = 16 << 20;
+/// Pods of one page of the list that a new leader reads.
+const PAGE: u32 = 500;
+/// A new leader's first list is tried again after this long, doubled each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// The longest such pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// Annotation by which a Node event is caused.
+const RETRY: &str = "ebb.dev/scheduling-retry";
+
+/// How a pod's GPUs are named in its `ebb.dev/gpu-devices` annotation, and so in `NVIDIA_VISIBLE_DEVICES`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum DeviceNames {
+    /// `runtime.nvidia.com/gpu=<UUID>`, which CDI runtimes resolve.
+    #[default]
+    Cdi,
+    /// The bare UUID.
+    Uuid,
+}
+
+impl DeviceNames {
+    fn prefix(self) -> &'static str {
+        match self {
+            DeviceNames::Cdi => CDI_PREFIX,
+            DeviceNames::Uuid => "",
+        }
+    }
+}
+
+/// What an extender is made of.
+pub struct Parts {
+    /// For Bindings.
+    pub client: Client,
+    /// For pods' versions and nodes' taints.
+    pub view: View,
+    /// Who has how much of which GPU.
+    pub ledger: SharedLedger,
+    /// Whether this replica decides.
+    pub leadership: Leadership,
+    /// Passes requests on to the replica that does.
+    pub forwarder: Forwarder,
+    /// Port that the leader's extender listens on.
+    pub port: u16,
+    /// How GPUs are named to containers.
+    pub device_names: DeviceNames,
+    /// Zero of the ledger's clock.
+    pub started: Instant,
+}
+
+/// What the handlers work with.
+pub struct Extender {
+    parts: Parts,
+    refused: refused::Refused,
+    bindings: bind::Running,
+    /// The term for which the ledger is known to hold all that earlier leaders bound; 0 for none.
+    caught_up: AtomicU64,
+}
+
+impl std::ops::Deref for Extender {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.parts
+    }
+}
+
+impl Extender {
+    /// An extender that has answered nothing yet.
+    #[must_use]
+    pub fn new(parts: Parts) -> Arc<Self> {
+        Arc::new(Self {
+            parts,
+            refused: refused::Refused::default(),
+            bindings: bind::Running::default(),
+            caught_up: AtomicU64::new(0),
+        })
+    }
+
+    fn now_ms(&self) -> u64 {
+        millis(self.started.elapsed())
+    }
+
+    /// Whether this replica decides at this very moment: it leads, and knows what was bound before it did.
+    fn decides(&self) -> bool {
+        self.leadership
+            .term_now()
+            .is_some_and(|term| term == self.caught_up.load(Ordering::Acquire))
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The extender's four verbs, below `/scheduler`.
+pub fn router(extender: Arc<Extender>) -> Router {
+    let asks = |verb: Verb| {
+        post(
+            move |State(extender): State<Arc<Extender>>, request: Request| async move {
+                decide(&extender, request, verb).await
+            },
+        )
+    };
+    Router::new()
+        .route("/scheduler/filter", asks(Verb::Filter))
+        .route("/scheduler/prioritize", asks(Verb::Prioritize))
+        .route("/scheduler/preempt", asks(Verb::Preempt))
+        .route("/scheduler/bind", post(bound))
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(extender)
+}
+
+/// What a leader does beside answering, until `stop`: catches up with earlier leaders, has the scheduler try again what
+/// was refused meanwhile, and after that whatever was refused when memory frees.
+pub async fn lead(extender: Arc<Extender>, stop: CancellationToken) {
+    let leading = async {
+        let mut pause = FIRST_PAUSE;
+        while let Some(term) = extender.leadership.term_now() {
+            match catch_up(&extender, term).await {
+                Ok(()) => break,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot list the pods that earlier leaders bound; trying again")
+                }
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+        refused::retry(&extender).await;
+    };
+    tokio::select! {
+        () = leading => {}
+        () = stop.cancelled() => {}
+    }
+}
+
+/// Enters what earlier leaders bound. The watch brings it too, but maybe only after the first request; this list is as
+/// fresh as the API server's own store.
+async fn catch_up(extender: &Extender, term: u64) -> Result<(), CallError> {
+    // Reservations of an earlier term: nobody waits for them.
+    extender
+        .ledger
+        .update(crate::plan::ledger::Ledger::release_reservations);
+    let pods: Api<Pod> = Api::all(extender.client.clone());
+    let ours = format!("spec.schedulerName={}", names::SCHEDULER);
+    let mut page = ListParams::default().fields(&ours).limit(PAGE);
+    loop {
+        let list = limited(pods.list(&page)).await?;
+        for event in list.items.iter().filter_map(pod_event) {
+            extender.ledger.update(|ledger| ledger.apply(event));
+        }
+        match list.metadata.continue_.filter(|token| !token.is_empty()) {
+            Some(token) => page = page.continue_token(&token),
+            None => break,
+        }
+    }
+    extender.caught_up.store(term, Ordering::Release);
+    // Those refused while nobody led are known to no one: any Node event has the scheduler try them again.
+    let mut nodes: Vec<String> = extender
+        .view
+        .gpu_nodes
+        .all()
+        .iter()
+        .map(|node| node.name_any())
+        .collect();
+    nodes.sort();
+    if let Some(name) = nodes
+        .iter()
+        .find(|name| extender.view.nodes.get("", name).is_some())
+    {
+        cause_node_event(extender, name, &format!("leader of term {term}")).await?;
+    }
+    tracing::info!(term, "answering kube-scheduler");
+    Ok(())
+}
+
+/// Writes an annotation on the node, after which the scheduler tries refused pods again.
+async fn cause_node_event(extender: &Extender, node: &str, value: &str) -> Result<(), CallError> {
+    let patch = json!({"metadata": {"annotations": {RETRY: value}}});
+    let nodes: Api<Node> = Api::all(extender.client.clone());
+    let (how, patch) = (PatchParams::default(), Patch::Merge(&patch));
+    match limited(nodes.patch_metadata(node, &how, &patch)).await {
+        // Its deletion is an event too.
+        Ok(_) | Err(CallError::Gone) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// One verb that only asks the ledger: here when this replica decides, else at the leader, else refused in words.
+async fn decide(extender: &Extender, request: Request, verb: Verb) -> Response {
+    let (head, body) = match read(request).await {
+        Ok(read) => read,
+        Err(refusal) => return refusal,
+    };
+    let answer = if extender.decides() {
+        let desk = Desk {
+            ledger: &extender.ledger,
+            refused: &extender.refused,
+            now_ms: extender.now_ms(),
+        };
+        verb.here(desk, &body)
+    } else {
+        if let Some(answer) = passed_on(extender, head, body.clone()).await {
+            return answer;
+        }
+        verb.away(&body)
+    };
+    match answer {
+        Ok(answer) => json_bytes(answer),
+        Err(error) => no_request(&error),
+    }
+}
+
+async fn bound(State(extender): State<Arc<Extender>>, request: Request) -> Response {
+    let (head, body) = match read(request).await {
+        Ok(read) => read,
+        Err(refusal) => return refusal,
+    };
+    let args: wire::BindArgs = match serde_json::from_slice(&body) {
+        Ok(args) => args,
+        Err(error) => return no_request(&error),
+    };
+    if !extender.decides()
+        && let Some(answer) = passed_on(&extender, head, body).await
+    {
+        return answer;
+    }
+    let result = bind::bind(&extender, args).await;
+    axum::Json(wire::BindResult {
+        error: result.err().map_or_else(String::new, |error| error.to_string()),
+    })
+    .into_response()
+}
+
+async fn read(request: Request) -> Result<(http::request::Parts, Bytes), Response> {
+    let (head, body) = request.into_parts();
+    match http_body_util::Limited::new(body, MAX_BODY).collect().await {
+        Ok(body) => Ok((head, body.to_bytes())),
+        Err(error) => Err((
+            StatusCode::PAYLOAD_TOO_LARGE,
+            format!("the body cannot be taken: {error}"),
+        )
+            .into_response()),
+    }
+}
+
+fn json_bytes(body: Vec<u8>) -> Response {
+    ([(header::CONTENT_TYPE, "application/json")], body).into_response()
+}
+
+fn no_request(error: &serde_json::Error) -> Response {
+    (
+        StatusCode::BAD_REQUEST,
+        format!("this is no kube-scheduler extender request: {error}"),
+    )
+        .into_response()
+}
+
+async fn passed_on(extender: &Extender, head: http::request::Parts, body: Bytes) -> Option<Response> {
+    let leader = extender.leadership.leader()?;
+    let address = SocketAddr::new(leader.ip, extender.port);
+    match extender.forwarder.forward(address, head, body).await {
+        Ok(response) => Some(response.map(Body::from)),
+        Err(error) => {
+            tracing::warn!(%error, "the leader could not be asked");
+            None
+        }
+    }
+}

@@ -6,8 +6,10 @@
 //! through Kubernetes objects, a C library and HTTP.
 
 pub mod bench;
+pub mod client;
 pub mod cluster;
 pub mod demo;
+pub mod ebb_install;
 pub mod group;
 pub mod model;
 pub mod node;

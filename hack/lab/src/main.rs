@@ -16,10 +16,13 @@ enum Command {
     Up(ebb_lab::cluster::Args),
     /// Run stand-in nodes: pods become real processes.
     Nodes(ebb_lab::node::Args),
+    /// Becomes a container; started by the nodes.
+    #[command(hide = true)]
+    NodeExec(ebb_lab::node::exec::Args),
     /// Run a stand-in model server.
     Model(ebb_lab::model::Args),
     /// Run a stand-in node group behind Ebb's `http` provider API.
-    Group(ebb_lab::group::Args),
+    Group(Box<ebb_lab::group::Args>),
     /// Run Ebb's whole story on a fresh cluster and print what happened.
     Demo(ebb_lab::demo::Args),
     /// Run one benchmark by name.
@@ -33,8 +36,9 @@ fn main() -> std::process::ExitCode {
     let result = match cli.command {
         Command::Up(args) => ebb_lab::cluster::run(args),
         Command::Nodes(args) => ebb_lab::node::run(args),
+        Command::NodeExec(args) => ebb_lab::node::exec::run(args),
         Command::Model(args) => ebb_lab::model::run(args),
-        Command::Group(args) => ebb_lab::group::run(args),
+        Command::Group(args) => ebb_lab::group::run(*args),
         Command::Demo(args) => ebb_lab::demo::run(args),
         Command::Bench(args) => ebb_lab::bench::run(args),
     };

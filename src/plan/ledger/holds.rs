@@ -1,6 +1,8 @@
 //! Holds: memory that a pod is about to have. It counts as taken, so that the next pod's answer does not wait for the
 //! watch to tell of this one.
 
+use std::sync::Arc;
+
 use super::facts::{Claim, Entry};
 use super::{Ledger, NodeState};
 use crate::api::units::{NodeName, PodUid};
@@ -11,14 +13,14 @@ pub enum Stage {
     /// It is the likely winner of a scheduling cycle; the hold ends by itself.
     Reserved {
         /// When.
-        until_ms: i64,
+        until_ms: u64,
     },
     /// Its Binding is on its way; whoever sent it says how it went.
     Posted,
     /// Its Binding was sent, and nobody knows whether it arrived.
     Doubtful {
         /// When it can no longer arrive.
-        until_ms: i64,
+        until_ms: u64,
     },
     /// The API server took its Binding; the watch is about to tell.
     Bound,
@@ -29,6 +31,10 @@ pub enum Stage {
 pub struct Hold {
     /// On which node.
     pub node: NodeName,
+    /// The pod's namespace.
+    pub namespace: Arc<str>,
+    /// The pod's name.
+    pub name: Arc<str>,
     /// On which GPUs, and what.
     pub claim: Claim,
     /// How sure it is.
@@ -36,7 +42,7 @@ pub struct Hold {
 }
 
 impl Hold {
-    fn ends_ms(&self) -> Option<i64> {
+    fn ends_ms(&self) -> Option<u64> {
         match self.stage {
             Stage::Reserved { until_ms } | Stage::Doubtful { until_ms } => Some(until_ms),
             Stage::Posted | Stage::Bound => None,
@@ -58,6 +64,8 @@ impl Ledger {
         }
         let hold = Hold {
             node: node.clone(),
+            namespace: entry.namespace.clone(),
+            name: entry.name.clone(),
             claim: entry.claim.clone(),
             stage,
         };
@@ -71,6 +79,11 @@ impl Ledger {
             node.holds.insert(uid, entry);
         });
         true
+    }
+
+    /// Everything that is held, by pod.
+    pub fn holds(&self) -> impl Iterator<Item = (&PodUid, &Hold)> {
+        self.holds.iter()
     }
 
     /// What is held for a pod.
@@ -94,7 +107,7 @@ impl Ledger {
     }
 
     /// Ends all holds whose time is over.
-    pub fn expire(&mut self, now_ms: i64) {
+    pub fn expire(&mut self, now_ms: u64) {
         self.release_where(|hold| hold.ends_ms().is_some_and(|end| end <= now_ms));
     }
 

@@ -2,8 +2,8 @@
 //!
 //! Per GPU, `free = usable − foreign − Σ max(declared, used)` over the pods on it. `usable` is the card's memory without
 //! what the driver keeps; `foreign` is used by processes that are no pod of ours. A figure that NVML cannot give is
-//! unknown, not zero: then the declared bytes stand, and the card's whole use, where at least that is known, is never
-//! counted as free.
+//! unknown, not zero: then the declared bytes stand, and what the whole card is known to use beyond them counts as
+//! foreign.
 //!
 //! A pod is entered from the moment its Binding is on the way ([`Ledger::hold`]) and stays until it is gone from the API
 //! or has finished: a terminating pod still has its memory. Every event says how something *is*, so that any of them can
@@ -60,9 +60,15 @@ impl Ledger {
                 node.fence = None;
             }),
             Event::Inventory(inventory) => {
-                self.change(&inventory.node.clone(), |node| node.inventory = Some(inventory));
+                self.change(&inventory.node.clone(), |node| {
+                    node.inventory = Some(inventory);
+                    node.departed.clear();
+                });
             }
-            Event::InventoryGone(name) => self.change(&name, |node| node.inventory = None),
+            Event::InventoryGone(name) => self.change(&name, |node| {
+                node.inventory = None;
+                node.departed.clear();
+            }),
             Event::Pod(facts) => self.pod(facts),
             Event::PodGone(uid) => {
                 self.forget(&uid);
@@ -106,9 +112,7 @@ impl Ledger {
     /// Takes the pod's entry off.
     fn forget(&mut self, uid: &PodUid) {
         if let Some(name) = self.bound.remove(uid) {
-            self.change(&name, |node| {
-                node.pods.remove(uid);
-            });
+            self.change(&name, |node| node.depart(uid));
         }
     }
 

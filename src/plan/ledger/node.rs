@@ -29,6 +29,8 @@ pub struct NodeState {
     pub(super) inventory: Option<Inventory>,
     pub(super) pods: BTreeMap<PodUid, Entry>,
     pub(super) holds: BTreeMap<PodUid, Entry>,
+    /// Pods that went since the inventory was read: what they used is counted in it, and is free.
+    pub(super) departed: Vec<Entry>,
     gpus: Vec<GpuState>,
 }
 
@@ -43,10 +45,12 @@ pub struct GpuState {
     pub usable: Bytes,
     /// What a new pod can have of it.
     pub free: Bytes,
-    /// In use by nobody we know.
+    /// In use beyond what the pods on it declared or are known to use.
     pub foreign: Bytes,
     /// Pods on it, reservations included.
     pub tenants: usize,
+    /// Whether one of them has the whole card.
+    pub whole: bool,
     /// Why nothing new can be put on it, where that is so.
     pub closed: Option<Arc<str>>,
 }
@@ -60,6 +64,7 @@ impl NodeState {
             inventory: None,
             pods: BTreeMap::new(),
             holds: BTreeMap::new(),
+            departed: Vec::new(),
             gpus: Vec::new(),
         }
     }
@@ -96,6 +101,14 @@ impl NodeState {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.pods.is_empty() && self.holds.is_empty()
+    }
+
+    /// Whether its agent has told of its GPUs, and of nothing that closes all of them.
+    #[must_use]
+    pub fn is_told(&self) -> bool {
+        self.inventory
+            .as_ref()
+            .is_some_and(|inventory| inventory.closed.is_none())
     }
 
     /// Whether it takes nothing new, and why.
@@ -154,8 +167,7 @@ impl NodeState {
             .filter(|e| e.claim.gpus.is_none())
             .map(|e| e.claim.bytes_per_gpu)
             .sum();
-        let all_taken =
-            there().any(|e| e.claim.gpus.is_none() && e.claim.sharing == Sharing::Exclusive);
+        let all_taken = there().any(|e| e.claim.gpus.is_none() && e.claim.sharing == Sharing::Exclusive);
         let mut gpus: Vec<GpuState> = inventory
             .gpus
             .iter()
@@ -169,12 +181,13 @@ impl NodeState {
                     entry.claim.bytes_per_gpu.max(used)
                 };
                 let declared: Bytes = there().filter(on).map(held).sum();
-                // What an absent pod has now, it would give back.
+                // What an absent pod has now, it would give back; what one had that went since, it has given back.
                 let given_back: Bytes = self
                     .pods
                     .values()
                     .filter(|e| absent(&e.uid))
-                    .filter(on)
+                    .chain(&self.departed)
+                    .filter(|e| e.claim.gpus.is_none() || on(e))
                     .map(held)
                     .sum();
                 // Without figures per process, whatever exceeds the declared bytes is somebody's, and not free.
@@ -186,8 +199,7 @@ impl NodeState {
                     .saturating_add(anywhere)
                     .saturating_add(foreign)
                     .max(used);
-                let taken =
-                    all_taken || there().filter(on).any(|e| e.claim.sharing == Sharing::Exclusive);
+                let taken = all_taken || there().filter(on).any(|e| e.claim.sharing == Sharing::Exclusive);
                 GpuState {
                     id: gpu.id.clone(),
                     index: gpu.index,
@@ -199,6 +211,7 @@ impl NodeState {
                     },
                     foreign,
                     tenants: there().filter(|e| e.claim.gpus.is_none() || on(e)).count(),
+                    whole: taken,
                     closed: gpu.closed.clone(),
                 }
             })
@@ -219,6 +232,15 @@ impl NodeState {
                 .any(|gpu| !was_open || room(gpu) > before(&gpu.id).unwrap_or_default());
         self.gpus = gpus;
         freed
+    }
+
+    /// Takes a bound pod off.
+    pub(super) fn depart(&mut self, uid: &PodUid) {
+        let entry = self.pods.remove(uid);
+        let read = |inventory: &Inventory| inventory.gpus.iter().any(|gpu| gpu.used.is_some());
+        if self.inventory.as_ref().is_some_and(read) {
+            self.departed.extend(entry);
+        }
     }
 
     /// Whether there is nothing left to know about it.

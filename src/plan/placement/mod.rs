@@ -10,7 +10,7 @@ mod tests;
 
 use std::cmp::Reverse;
 
-pub use refusal::{Miss, NodeRefusal, Refusal};
+pub use refusal::{Miss, NodeRefusal, Reasons, Refusal};
 
 use super::ledger::{GpuState, Ledger, NodeShape, NodeState};
 use crate::api::gpu_request::{GpuRequest, Sharing};
@@ -41,11 +41,7 @@ struct Rank {
 ///
 /// # Errors
 /// Why it does not fit.
-pub fn fit(
-    node: &NodeState,
-    request: &GpuRequest,
-    asker: Option<&PodUid>,
-) -> Result<Choice, NodeRefusal> {
+pub fn fit(node: &NodeState, request: &GpuRequest, asker: Option<&PodUid>) -> Result<Choice, NodeRefusal> {
     open(node)?;
     match asker.filter(|uid| node.holds_for(uid)) {
         None => choose(node, node.gpus(), request),
@@ -114,7 +110,12 @@ pub fn fits_anywhere(ledger: &Ledger, request: &GpuRequest) -> Result<(), Refusa
 /// Whether the request would fit on an empty node of this shape: whether asking for one would help.
 #[must_use]
 pub fn fits_empty(shape: &NodeShape, request: &GpuRequest) -> bool {
-    shape.0.iter().filter(|usable| **usable >= request.bytes_per_gpu).count() >= count(request)
+    shape
+        .0
+        .iter()
+        .filter(|usable| **usable >= request.bytes_per_gpu)
+        .count()
+        >= count(request)
 }
 
 /// The scores of these nodes, in their order, and which one is meant to win. Only the winner has the highest score,
@@ -190,11 +191,11 @@ fn choose(node: &NodeState, gpus: &[GpuState], request: &GpuRequest) -> Result<C
 }
 
 /// Nearest misses first: the one that lacks the least, then by node and GPU.
-fn nearness(miss: &Miss) -> (Bytes, Reverse<Bytes>, NodeName, u32) {
+fn nearness(miss: &Miss) -> (Bytes, Reverse<Bytes>, &NodeName, u32) {
     (
         miss.asked.saturating_sub(miss.free),
         Reverse(miss.free),
-        miss.node.clone(),
+        &miss.node,
         miss.gpu,
     )
 }

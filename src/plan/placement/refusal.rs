@@ -57,7 +57,7 @@ pub struct Miss {
     pub free: Bytes,
     /// Asked bytes.
     pub asked: Bytes,
-    /// Bytes used by nobody we know.
+    /// Bytes in use beyond what its pods declared.
     pub foreign: Bytes,
 }
 
@@ -69,7 +69,7 @@ impl fmt::Display for Miss {
             self.gpu, self.node, self.free, self.asked
         )?;
         if self.foreign > Bytes(0) {
-            write!(f, "; {} held by processes outside Kubernetes", self.foreign)?;
+            write!(f, "; {} are in use beyond what its pods declared", self.foreign)?;
         }
         Ok(())
     }
@@ -79,10 +79,7 @@ impl NodeRefusal {
     /// Whether evicting pods from the node could make the request fit there.
     #[must_use]
     pub fn evicting_could_help(&self) -> bool {
-        matches!(
-            self,
-            NodeRefusal::NoRoom { .. } | NodeRefusal::NoWholeCard { .. }
-        )
+        matches!(self, NodeRefusal::NoRoom { .. } | NodeRefusal::NoWholeCard { .. })
     }
 }
 
@@ -100,9 +97,7 @@ impl fmt::Display for NodeRefusal {
             }
             NodeRefusal::NoWholeCard { asked: 1, .. } => f.write_str("no GPU without other pods"),
             NodeRefusal::NoWholeCard { asked, .. } => write!(f, "fewer than {asked} GPUs without other pods"),
-            NodeRefusal::NoRoom {
-                gpus: 1, nearest, ..
-            } => {
+            NodeRefusal::NoRoom { gpus: 1, nearest, .. } => {
                 write!(f, "no GPU with {} free", nearest.asked)
             }
             NodeRefusal::NoRoom { gpus, nearest, .. } => {
@@ -112,12 +107,44 @@ impl fmt::Display for NodeRefusal {
     }
 }
 
+/// The reasons of many nodes in as few different texts as possible, since the scheduler's message counts equal ones:
+/// each kind's words, and for the node that comes nearest its GPU and figures.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reasons {
+    nearest: Option<Miss>,
+}
+
+impl Reasons {
+    /// Looks at one node's reason; all are looked at before any text is made.
+    pub fn see(&mut self, refusal: &NodeRefusal) {
+        if let NodeRefusal::NoRoom { nearest, .. } = refusal
+            && self
+                .nearest
+                .as_ref()
+                .is_none_or(|known| nearness(nearest) < nearness(known))
+        {
+            self.nearest = Some(nearest.clone());
+        }
+    }
+
+    /// The text for one node.
+    #[must_use]
+    pub fn text(&self, refusal: &NodeRefusal) -> String {
+        match refusal {
+            NodeRefusal::NoRoom { nearest, .. } if Some(nearest) == self.nearest.as_ref() => {
+                nearest.to_string()
+            }
+            other => other.to_string(),
+        }
+    }
+}
+
 /// Why a request fits on no node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
     request: GpuRequest,
     reasons: BTreeMap<Arc<str>, usize>,
-    nearest: Option<Miss>,
+    nearest: Reasons,
     fenced: usize,
 }
 
@@ -126,7 +153,7 @@ impl Refusal {
         Self {
             request: request.clone(),
             reasons: BTreeMap::new(),
-            nearest: None,
+            nearest: Reasons::default(),
             fenced: 0,
         }
     }
@@ -142,20 +169,13 @@ impl Refusal {
             self.fenced += 1;
         }
         *self.reasons.entry(reason.to_string().into()).or_default() += 1;
-        if let NodeRefusal::NoRoom { nearest, .. } = reason
-            && self
-                .nearest
-                .as_ref()
-                .is_none_or(|known| nearness(&nearest) < nearness(known))
-        {
-            self.nearest = Some(nearest);
-        }
+        self.nearest.see(&reason);
     }
 
     /// The GPU on which it nearly fits.
     #[must_use]
     pub fn nearest(&self) -> Option<&Miss> {
-        self.nearest.as_ref()
+        self.nearest.nearest.as_ref()
     }
 
     /// Nodes that Ebb is emptying; taking one back might make room.
@@ -185,7 +205,7 @@ impl fmt::Display for Refusal {
             let separator = if position == 0 { "; nodes: " } else { ", " };
             write!(f, "{separator}{nodes} {reason}")?;
         }
-        match &self.nearest {
+        match self.nearest() {
             Some(nearest) => write!(f, "; nearest: {nearest}"),
             None => Ok(()),
         }
@@ -224,7 +244,7 @@ pub(super) fn why(node: &NodeState, gpus: &[GpuState], request: &GpuRequest) -> 
             asked: request.bytes_per_gpu,
             foreign: gpu.foreign,
         })
-        .min_by_key(nearness);
+        .min_by(|a, b| nearness(a).cmp(&nearness(b)));
     NodeRefusal::NoRoom {
         fitting: large().filter(|gpu| gpu.free >= request.bytes_per_gpu).count(),
         gpus: asked,

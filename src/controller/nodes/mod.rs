@@ -1,0 +1,525 @@
+//! Nodes: the empty ones released, the missing ones asked for.
+//!
+//! One pass reads everything from the view, simulates where unbound pods would go, takes one step with every node, and
+//! then asks. What must outlive this process stands in the cluster first: the mark on a Node before its removal is
+//! asked for, the request in the policy's status before the provider hears of it.
+
+mod asks;
+mod groups;
+mod marks;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Node, Pod};
+use kube::ResourceExt;
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use self::asks::resolve;
+use self::groups::{Group, Groups, Learned};
+use super::metrics::Part;
+use super::reconcile::{Backoff, Context, Reconciler, sooner};
+use crate::api::units::Bytes;
+use crate::api::units::PodUid;
+use crate::cluster::call::CallError;
+use crate::cluster::events::{self, Told};
+use crate::cluster::rooms::{self, PodsByNode};
+use crate::plan::ledger::Hold;
+use crate::plan::nodes_wanted::{self, PendingPod, Standing, Wanted};
+use crate::plan::release::{self, Step};
+use crate::plan::room::GpuRoom;
+use crate::provider::{Provider, ProviderError};
+
+/// How often the provider is looked at while something is under way there.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// Pods that no node will ever take, and why: found here, told by whoever watches over wakes.
+#[derive(Clone)]
+pub struct Unplaceable {
+    pods: Arc<Mutex<BTreeMap<String, String>>>,
+    changed: Arc<watch::Sender<u64>>,
+}
+
+impl Default for Unplaceable {
+    fn default() -> Self {
+        Self {
+            pods: Arc::default(),
+            changed: Arc::new(watch::Sender::new(0)),
+        }
+    }
+}
+
+impl Unplaceable {
+    /// Why no node will ever take the pod with this UID, if none will.
+    #[must_use]
+    pub fn reason(&self, uid: &str) -> Option<String> {
+        self.pods.lock().get(uid).cloned()
+    }
+
+    /// Grows when the answer for some pod changes.
+    #[must_use]
+    pub fn changed(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    fn set(&self, pods: &BTreeMap<String, String>) {
+        let mut current = self.pods.lock();
+        if *current != *pods {
+            current.clone_from(pods);
+            drop(current);
+            self.changed.send_modify(|n| *n += 1);
+        }
+    }
+}
+
+/// Pods that the scheduler is about to bind, by UID.
+type Expected = HashMap<String, Hold>;
+
+fn about_to_come(expected: &Expected, node: &str) -> Option<String> {
+    let mut coming = expected.values().filter(|hold| hold.node.as_str() == node);
+    coming
+        .next()
+        .map(|hold| format!("pod {}/{}", hold.namespace, hold.name))
+}
+
+/// Releases nodes and asks for them.
+pub struct Nodes {
+    context: Context,
+    unplaceable: Unplaceable,
+    groups: Groups,
+    backoff: Backoff<String>,
+    /// Nodes that a dry run was told about, by UID.
+    told: HashSet<String>,
+    /// What each waiting pod was told, by UID.
+    waits: HashMap<String, String>,
+}
+
+/// A node of the view with what the plans need of it.
+struct Seen {
+    node: Arc<Node>,
+    policy: Option<String>,
+    mark: Option<release::Mark>,
+    ready: bool,
+    gpus: Vec<GpuRoom>,
+}
+
+impl Seen {
+    fn standing(&self) -> Standing {
+        match self.mark.as_ref().map(|mark| mark.state) {
+            None => Standing::Active,
+            Some(release::State::Candidate) => Standing::Candidate,
+            Some(release::State::Fenced) => Standing::Fenced,
+            Some(release::State::Releasing | release::State::Released) => Standing::Leaving,
+        }
+    }
+
+    fn plan(&self) -> nodes_wanted::Node {
+        nodes_wanted::Node {
+            name: self.node.name_any(),
+            labels: self.node.labels().clone(),
+            taints: rooms::taints(&self.node),
+            usable: self.ready && !rooms::is_cordoned(&self.node),
+            standing: self.standing(),
+            // What the scheduler does not know of yet takes no pod.
+            gpus: if rooms::offers_gpu_memory(&self.node) {
+                self.gpus.clone()
+            } else {
+                Vec::new()
+            },
+        }
+    }
+
+    fn takes_pods(&self) -> bool {
+        self.ready && !self.gpus.is_empty() && rooms::offers_gpu_memory(&self.node)
+    }
+}
+
+impl Nodes {
+    /// A reconciler that has done nothing yet.
+    #[must_use]
+    pub fn new(context: Context, unplaceable: Unplaceable) -> Self {
+        Self {
+            context,
+            unplaceable,
+            groups: Groups::default(),
+            backoff: Backoff::default(),
+            told: HashSet::new(),
+            waits: HashMap::new(),
+        }
+    }
+
+    fn look(&self, leaving: &HashSet<PodUid>) -> Vec<Seen> {
+        let view = &self.context.view;
+        let gpus = |name: &str| {
+            self.context
+                .ledger
+                .read(|ledger| rooms::gpus(ledger, name, leaving))
+        };
+        let mut nodes = view.nodes.all();
+        nodes.sort_by_key(|node| node.name_any());
+        nodes
+            .into_iter()
+            .filter(|node| node.metadata.deletion_timestamp.is_none())
+            .map(|node| Seen {
+                policy: self.groups.of(&node).map(str::to_owned),
+                mark: marks::read(&node),
+                ready: rooms::is_ready(&node),
+                gpus: gpus(&node.name_any()),
+                node,
+            })
+            .collect()
+    }
+
+    /// What the ledger expects, without what it has waited for too long.
+    fn expected(&self) -> Expected {
+        let now = u64::try_from(self.context.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.context.ledger.update(|ledger| {
+            ledger.expire(now);
+            rooms::expected(ledger)
+        })
+    }
+
+    /// Takes from the newest node of each group what such nodes offer.
+    fn learn(&mut self, seen: &[Seen]) {
+        let mut newest: Vec<&Seen> = seen.iter().filter(|seen| seen.takes_pods()).collect();
+        newest.sort_by_key(|seen| seen.node.creation_timestamp().map(|created| created.0));
+        for seen in newest {
+            if let Some(group) = seen
+                .policy
+                .as_ref()
+                .and_then(|policy| self.groups.get_mut(policy))
+            {
+                group.learned = Some(Learned {
+                    gpus: seen.gpus.iter().map(|gpu| GpuRoom::empty(gpu.usable)).collect(),
+                    taints: rooms::taints(&seen.node),
+                });
+            }
+        }
+    }
+
+    /// Where the unbound pods would go.
+    fn simulate(&mut self, seen: &[Seen], pending: &[PendingPod]) -> Wanted {
+        let nodes: Vec<nodes_wanted::Node> = seen.iter().map(Seen::plan).collect();
+        let shapes = |dry: bool| -> Vec<nodes_wanted::Group> {
+            self.groups
+                .all()
+                .filter(|group| dry || !group.policy.spec.dry_run)
+                .filter_map(|group| shape(group, seen))
+                .collect()
+        };
+        let wanted = nodes_wanted::decide(pending, &nodes, &shapes(false));
+        let waiting: Vec<PendingPod> = pending
+            .iter()
+            .filter(|pod| wanted.never.contains_key(&pod.uid) || wanted.wait.contains_key(&pod.uid))
+            .cloned()
+            .collect();
+        let told = if waiting.is_empty() {
+            Vec::new()
+        } else {
+            nodes_wanted::decide(&waiting, &nodes, &shapes(true)).ask
+        };
+        for ask in told {
+            for uid in &ask.pods {
+                let note = format!(
+                    "dry run of NodePolicy {}: a node would be asked for: {}",
+                    ask.group, ask.reason
+                );
+                self.tell_pod(uid, pending, false, "WouldAskForNode", note);
+            }
+        }
+        wanted
+    }
+
+    fn tell_pod(
+        &mut self,
+        uid: &str,
+        pending: &[PendingPod],
+        warning: bool,
+        reason: &'static str,
+        note: String,
+    ) {
+        if self.waits.get(uid) == Some(&note) {
+            return;
+        }
+        let Some(pod) = pending.iter().find(|pod| pod.uid == uid) else {
+            return;
+        };
+        tracing::info!(pod = pod.name, reason = note, "{reason}");
+        if let Some((namespace, name)) = pod.name.split_once('/')
+            && let Some(pod) = self.context.view.pods.get(namespace, name)
+        {
+            self.context.events.tell(Told {
+                regarding: events::reference::<Pod>(&pod),
+                warning,
+                reason,
+                note: note.clone(),
+            });
+        }
+        self.waits.insert(uid.to_owned(), note);
+    }
+
+    /// One step with every node of every group.
+    async fn release(
+        &mut self,
+        seen: &[Seen],
+        pods: &PodsByNode,
+        expected: &Expected,
+        wanted: &Wanted,
+        now: Timestamp,
+    ) -> Option<Duration> {
+        let mut staying: HashMap<String, u32> = HashMap::new();
+        for seen in seen {
+            if let Some(policy) = &seen.policy
+                && seen.ready
+                && matches!(seen.standing(), Standing::Active | Standing::Candidate)
+            {
+                *staying.entry(policy.clone()).or_default() += 1;
+            }
+        }
+        let mut next = None;
+        for seen in seen {
+            let tainted = marks::is_fenced(&seen.node);
+            let group = seen.policy.as_ref().and_then(|policy| self.groups.get(policy));
+            if group.is_none() && seen.mark.is_none() && !tainted {
+                continue;
+            }
+            let name = seen.node.name_any();
+            if !self.backoff.open(&name) {
+                continue;
+            }
+            let facts = release::Facts {
+                mark: seen.mark.clone(),
+                tainted,
+                selected: group.is_some(),
+                ready: seen.ready,
+                occupied: pods.occupied(&name).or_else(|| about_to_come(expected, &name)),
+                wanted: wanted.keep.get(&name).cloned(),
+                blocked: group.and_then(|group| group.blocked(&seen.node)),
+                at_provider: group.map_or(release::AtProvider::Unknown, |group| {
+                    group.at_provider(&seen.node)
+                }),
+            };
+            let bounds = release::Group {
+                settle_time: group.map_or(Duration::ZERO, |group| group.policy.spec.settle_time.0),
+                min_nodes: group.map_or(0, |group| group.policy.spec.min_nodes),
+                staying: seen
+                    .policy
+                    .as_ref()
+                    .and_then(|policy| staying.get(policy).copied())
+                    .unwrap_or(0),
+                dry_run: group.is_some_and(|group| group.policy.spec.dry_run),
+            };
+            let step = release::step(&facts, &bounds, now);
+            if let Step::Mark {
+                state: release::State::Fenced,
+                ..
+            } = step
+                && let Some(policy) = &seen.policy
+                && let Some(count) = staying.get_mut(policy)
+            {
+                *count = count.saturating_sub(1);
+            }
+            next = sooner(next, self.take(seen, step, now).await);
+        }
+        next
+    }
+
+    /// Carries out one step.
+    async fn take(&mut self, seen: &Seen, step: Step, now: Timestamp) -> Option<Duration> {
+        let name = seen.node.name_any();
+        let uid = seen.node.uid().unwrap_or_default();
+        let result = match step {
+            Step::Stay { again_in } => return again_in,
+            Step::Tell { reason } => {
+                if self.told.insert(uid) {
+                    let note = format!("dry run: it would be released: {reason}");
+                    self.tell_node(&seen.node, "WouldRelease", &note);
+                }
+                return None;
+            }
+            Step::Mark { state, reason } => {
+                let result = self.mark(seen, Some((state, &reason)), now).await;
+                if result.is_ok() {
+                    match state {
+                        release::State::Fenced => self.tell_node(&seen.node, "Fenced", &reason),
+                        _ => tracing::info!(node = name, ?state, reason, "a node is on its way out"),
+                    }
+                }
+                result.map_err(|error| error.to_string())
+            }
+            Step::Restore { reason } => {
+                let result = self.mark(seen, None, now).await;
+                if result.is_ok() {
+                    if reason.contains("does not know it") {
+                        self.groups.shun(&uid);
+                    }
+                    // A candidate that is used again is nobody's news.
+                    if seen.standing() == Standing::Candidate {
+                        tracing::info!(node = name, reason, "a node stays");
+                    } else {
+                        self.tell_node(&seen.node, "Kept", &reason);
+                    }
+                }
+                result.map_err(|error| error.to_string())
+            }
+            Step::Remove { reason } => self.remove(seen, &reason, now).await,
+            Step::Removed { reason } => self
+                .mark(seen, Some((release::State::Released, &reason)), now)
+                .await
+                .map_err(|error| error.to_string()),
+        };
+        match result {
+            Ok(()) => self.backoff.went_well(&name),
+            Err(error) => {
+                tracing::warn!(node = name, error, "a step with a node failed; trying again");
+                self.context.failed(Self::PART);
+                self.backoff.failed(&name);
+            }
+        }
+        None
+    }
+
+    async fn mark(
+        &self,
+        seen: &Seen,
+        mark: Option<(release::State, &str)>,
+        now: Timestamp,
+    ) -> Result<(), CallError> {
+        if !self.context.leads() {
+            return Err(CallError::Conflict);
+        }
+        let mark = mark.map(|(state, reason)| release::Mark {
+            state,
+            since: now,
+            reason: reason.to_owned(),
+        });
+        marks::write(&self.context.client, &seen.node, mark.as_ref()).await
+    }
+
+    /// Asks the provider to remove a node whose mark says so already.
+    async fn remove(&mut self, seen: &Seen, reason: &str, now: Timestamp) -> Result<(), String> {
+        let name = seen.node.name_any();
+        let Some(group) = seen
+            .policy
+            .as_ref()
+            .and_then(|policy| self.groups.get_mut(policy))
+        else {
+            return Ok(());
+        };
+        if !self.context.leads() {
+            return Ok(());
+        }
+        let (provider, at) = group.provider().map_err(|error| error.to_string())?;
+        let removed: Result<(), ProviderError> = provider.remove(&at, &name, reason).await;
+        // Whatever came of it, what the provider said before is old now.
+        group.forget_listing();
+        removed.map_err(|error| error.to_string())?;
+        group.note_removed(&seen.node);
+        self.context.metrics.nodes_released.inc();
+        self.tell_node(&seen.node, "Released", reason);
+        self.mark(seen, Some((release::State::Released, reason)), now)
+            .await
+            .map_err(|error| error.to_string())
+    }
+
+    fn tell_node(&self, node: &Node, reason: &'static str, note: &str) {
+        tracing::info!(node = node.name_any(), reason = note, "{reason}");
+        self.context.events.tell(Told {
+            regarding: events::reference(node),
+            warning: false,
+            reason,
+            note: note.to_owned(),
+        });
+    }
+}
+
+/// The group as the simulation sees it; `None`: it cannot have nodes now.
+fn shape(group: &Group, seen: &[Seen]) -> Option<nodes_wanted::Group> {
+    let spec = &group.policy.spec;
+    let memory: Bytes = spec.node.gpu_memory.parse().ok()?;
+    group.usable().ok()?;
+    let mine: HashSet<String> = seen
+        .iter()
+        .filter(|seen| seen.policy.as_deref() == Some(&group.name))
+        .map(|seen| seen.node.name_any())
+        .collect();
+    let unseen = group
+        .asked
+        .iter()
+        .filter(|asked| !mine.contains(&asked.node))
+        .count();
+    Some(nodes_wanted::Group {
+        name: group.name.clone(),
+        gpus: match &group.learned {
+            Some(learned) => learned.gpus.clone(),
+            None => vec![GpuRoom::empty(memory); usize::try_from(spec.node.gpus).unwrap_or(0)],
+        },
+        labels: spec.node.labels.clone(),
+        taints: group
+            .learned
+            .as_ref()
+            .map(|learned| learned.taints.clone())
+            .unwrap_or_default(),
+        booting: u32::try_from(group.asked.len()).unwrap_or(u32::MAX),
+        nodes: u32::try_from(mine.len() + unseen).unwrap_or(u32::MAX),
+        max_nodes: spec.max_nodes,
+    })
+}
+
+impl Reconciler for Nodes {
+    const PART: Part = Part::Nodes;
+    const GATHER: Duration = Duration::from_millis(10);
+
+    async fn pass(&mut self) -> Option<Duration> {
+        let now = Timestamp::now();
+        let view = self.context.view.clone();
+        self.groups.refresh(&view.node_policies.all());
+        let all = view.pods.all();
+        let pods = PodsByNode::new(&all);
+        let expected = self.expected();
+        let seen = self.look(&rooms::leaving(&all, now));
+        let busy = seen.iter().any(|seen| {
+            matches!(
+                seen.mark.as_ref().map(|mark| mark.state),
+                Some(release::State::Fenced | release::State::Releasing)
+            )
+        });
+        let listing = self.groups.list(busy).await;
+        let mut changes = resolve(&mut self.groups, &seen, &self.context, now);
+
+        self.learn(&seen);
+        let pending: Vec<PendingPod> = all
+            .iter()
+            .filter_map(|pod| rooms::pending(pod))
+            // Those that the scheduler is about to bind have their place.
+            .filter(|pod| !expected.contains_key(&pod.uid))
+            .collect();
+        let wanted = self.simulate(&seen, &pending);
+        self.unplaceable.set(&wanted.never);
+        let uids: HashSet<&str> = pending.iter().map(|pod| pod.uid.as_str()).collect();
+        self.waits.retain(|uid, _| uids.contains(uid.as_str()));
+        for (uid, reason) in &wanted.never {
+            self.tell_pod(uid, &pending, true, "NoNodeFits", reason.clone());
+        }
+        for (uid, reason) in &wanted.wait {
+            self.tell_pod(uid, &pending, false, "WaitsForRoom", reason.clone());
+        }
+
+        // Asking first: it is what somebody waits for.
+        for ask in &wanted.ask {
+            changes
+                .new
+                .entry(ask.group.clone())
+                .or_default()
+                .push(ask.clone());
+        }
+        let failed = self.ask(changes, &seen, &pending, now).await;
+        let steps = self.release(&seen, &pods, &expected, &wanted, now).await;
+        self.backoff.forget_old();
+        let waits = (listing || failed).then_some(LOOK_AGAIN);
+        sooner(sooner(steps, self.backoff.next()), waits)
+    }
+}
