@@ -1,5 +1,5 @@
-#![allow(clippy::unwrap_used)]
 //! The ledger against a model that keeps nothing but the objects themselves.
+#![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
 

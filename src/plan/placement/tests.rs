@@ -1,5 +1,5 @@
-#![allow(clippy::unwrap_used)]
 //! Placement against brute force.
+#![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
