@@ -86,7 +86,11 @@ fn report(ports: Vec<u16>, in_flight: u32) -> FromGate {
 
 async fn addresses(slices: &Api<EndpointSlice>) -> Vec<String> {
     match slices.get_opt("llama-ebb").await.unwrap() {
-        Some(slice) => slice.endpoints.into_iter().flat_map(|endpoint| endpoint.addresses).collect(),
+        Some(slice) => slice
+            .endpoints
+            .into_iter()
+            .flat_map(|endpoint| endpoint.addresses)
+            .collect(),
         None => Vec::new(),
     }
 }
@@ -103,7 +107,9 @@ async fn services_sleep_and_fail_open() {
     let setup = Setup::up().await;
     let controller = setup.controller("ebb-controller-a", CONTROLLER);
     managed_deployment(&setup, 1).await;
-    setup.ready_pod("models", "llama-ready", json!({"app": "llama"}), "10.77.1.1").await;
+    setup
+        .ready_pod("models", "llama-ready", json!({"app": "llama"}), "10.77.1.1")
+        .await;
     let (services, slices): (Api<Service>, Api<EndpointSlice>) = (setup.api("models"), setup.api("models"));
 
     // No gate: the pods themselves.
@@ -117,7 +123,10 @@ async fn services_sleep_and_fail_open() {
     .await;
     assert_eq!(gated.0, "true");
     let port = u16::try_from(gated.1["http"].as_u64().unwrap()).unwrap();
-    eventually("the headless twin", || async { services.get_opt("llama-ebb-pods").await.unwrap() }).await;
+    eventually("the headless twin", || async {
+        services.get_opt("llama-ebb-pods").await.unwrap()
+    })
+    .await;
 
     // A token for another audience is refused, and one of another pod, too.
     let pod = gate::pod(&setup, "ebb-gate-a", "10.77.0.31").await;
@@ -149,18 +158,36 @@ async fn services_sleep_and_fail_open() {
     // A request in flight keeps it awake however long.
     let deployments: Api<Deployment> = setup.api("models");
     tokio::time::sleep(Duration::from_secs(4)).await;
-    assert!(linked.from.try_recv().is_err(), "no last look while a request is in flight");
-    assert_eq!(deployments.get("llama").await.unwrap().spec.unwrap().replicas, Some(1));
+    assert!(
+        linked.from.try_recv().is_err(),
+        "no last look while a request is in flight"
+    );
+    assert_eq!(
+        deployments.get("llama").await.unwrap().spec.unwrap().replicas,
+        Some(1)
+    );
 
     // Idle: the last look. Busy after all: not put to sleep, and told to go on.
     linked.say(report(vec![port], 0)).await;
-    let ToGate::Hold { id, .. } = linked.from.recv().await.unwrap() else { panic!("a hold") };
-    linked.say(FromGate::Held { id, busy: Some("1 in flight".to_owned()) }).await;
+    let ToGate::Hold { id, .. } = linked.from.recv().await.unwrap() else {
+        panic!("a hold")
+    };
+    linked
+        .say(FromGate::Held {
+            id,
+            busy: Some("1 in flight".to_owned()),
+        })
+        .await;
     assert_eq!(linked.from.recv().await, Some(ToGate::Resume { id }));
-    assert_eq!(deployments.get("llama").await.unwrap().spec.unwrap().replicas, Some(1));
+    assert_eq!(
+        deployments.get("llama").await.unwrap().spec.unwrap().replicas,
+        Some(1)
+    );
 
     // Idle indeed.
-    let ToGate::Hold { id, .. } = linked.from.recv().await.unwrap() else { panic!("a hold") };
+    let ToGate::Hold { id, .. } = linked.from.recv().await.unwrap() else {
+        panic!("a hold")
+    };
     linked.say(FromGate::Held { id, busy: None }).await;
     eventually("replicas 0", || async {
         let deployment = deployments.get("llama").await.ok()?;
@@ -170,7 +197,9 @@ async fn services_sleep_and_fail_open() {
     let events: Api<Event> = setup.api("models");
     let slept = eventually("the Event", || async {
         let all = events.list(&ListParams::default()).await.ok()?;
-        all.items.into_iter().find(|event| event.reason.as_deref() == Some("Slept"))
+        all.items
+            .into_iter()
+            .find(|event| event.reason.as_deref() == Some("Slept"))
     })
     .await;
     assert!(slept.note.unwrap_or_default().contains("nobody waits"));
@@ -180,17 +209,38 @@ async fn services_sleep_and_fail_open() {
     let died = tokio::time::Instant::now();
     linked.die();
     points_at(&slices, "10.77.1.1").await;
-    println!("failed open {} ms after the link was lost", died.elapsed().as_millis());
+    println!(
+        "failed open {} ms after the link was lost",
+        died.elapsed().as_millis()
+    );
 
     // Opting out puts everything back.
     let off = json!({"metadata": {"annotations": {"ebb.dev/mode": "off"}}});
-    services.patch("llama", &PatchParams::default(), &Patch::Merge(off)).await.unwrap();
-    eventually("the slice to go", || async { slices.get_opt("llama-ebb").await.unwrap().is_none().then_some(()) }).await;
+    services
+        .patch("llama", &PatchParams::default(), &Patch::Merge(off))
+        .await
+        .unwrap();
+    eventually("the slice to go", || async {
+        slices.get_opt("llama-ebb").await.unwrap().is_none().then_some(())
+    })
+    .await;
     let service = services.get("llama").await.unwrap();
     assert!(!service.annotations().contains_key("ebb.dev/gate-ports"));
-    assert!(!service.spec.unwrap().selector.unwrap().contains_key("ebb.dev/gated"));
+    assert!(
+        !service
+            .spec
+            .unwrap()
+            .selector
+            .unwrap()
+            .contains_key("ebb.dev/gated")
+    );
     eventually("the twin to go", || async {
-        services.get_opt("llama-ebb-pods").await.unwrap().is_none().then_some(())
+        services
+            .get_opt("llama-ebb-pods")
+            .await
+            .unwrap()
+            .is_none()
+            .then_some(())
     })
     .await;
 
@@ -218,7 +268,10 @@ async fn a_replica_that_does_not_lead_says_who_does_and_takes_over() {
     .await;
     assert_eq!(refused, 421);
     assert!(first.stop().await.success(), "{}", first.log_tail());
-    eventually("the second to lead", || async { FakeGate::dial(&setup, link("10.77.0.22"), &token).await.ok() }).await;
+    eventually("the second to lead", || async {
+        FakeGate::dial(&setup, link("10.77.0.22"), &token).await.ok()
+    })
+    .await;
     assert!(second.stop().await.success(), "{}", second.log_tail());
     setup.cluster.down().await;
 }
@@ -253,7 +306,10 @@ async fn an_empty_node_is_fenced_and_its_removal_asked_for_once() {
             "spec": {"nodeName": node, "containers": [{"name": "c", "image": "none"}]},
         }))
         .unwrap();
-        eventually("the ServiceAccount", || async { pods.create(&PostParams::default(), &pod).await.ok() }).await;
+        eventually("the ServiceAccount", || async {
+            pods.create(&PostParams::default(), &pod).await.ok()
+        })
+        .await;
     }
     let controller = setup.controller("ebb-controller-a", CONTROLLER);
     node_policy(&setup, 1, 5).await;
@@ -276,8 +332,18 @@ async fn an_empty_node_is_fenced_and_its_removal_asked_for_once() {
         (mark["state"] == "released").then_some(node)
     })
     .await;
-    let taints: Vec<String> = node.spec.unwrap().taints.unwrap().into_iter().map(|taint| taint.key).collect();
-    assert!(taints.contains(&"ebb.dev/release".to_owned()) && taints.contains(&"nvidia.com/gpu".to_owned()), "{taints:?}");
+    let taints: Vec<String> = node
+        .spec
+        .unwrap()
+        .taints
+        .unwrap()
+        .into_iter()
+        .map(|taint| taint.key)
+        .collect();
+    assert!(
+        taints.contains(&"ebb.dev/release".to_owned()) && taints.contains(&"nvidia.com/gpu".to_owned()),
+        "{taints:?}"
+    );
 
     // Neither a restart nor time asks again, and the last node stays.
     controller.kill(ebb_lab::cluster::Signal::SIGKILL).unwrap();
@@ -287,7 +353,15 @@ async fn an_empty_node_is_fenced_and_its_removal_asked_for_once() {
     assert_eq!(provider.deletes().len(), 1);
     let stays = if removed == "n1" { "n2" } else { "n1" };
     let kept = nodes.get(stays).await.unwrap();
-    assert!(!kept.spec.unwrap().taints.unwrap().iter().any(|taint| taint.key == "ebb.dev/release"));
+    assert!(
+        !kept
+            .spec
+            .unwrap()
+            .taints
+            .unwrap()
+            .iter()
+            .any(|taint| taint.key == "ebb.dev/release")
+    );
     assert!(!marked(&nodes.get("other").await.unwrap()));
     assert!(again.stop().await.success(), "{}", again.log_tail());
     setup.cluster.down().await;
@@ -303,25 +377,36 @@ async fn crash_a_node_is_asked_for_once_whoever_leads() {
     let asking = |name: &str, memory: &str| -> Pod {
         serde_json::from_value(json!({
             "metadata": {"name": name},
-            "spec": {"schedulerName": "ebb-scheduler", "containers": [
+            "spec": {"schedulerName": "ebb-scheduler", "tolerations": [{"operator": "Exists"}], "containers": [
                 {"name": "c", "image": "none", "resources": {"limits": {"ebb.dev/gpu-memory": memory}}},
             ]},
         }))
         .unwrap()
     };
     eventually("the ServiceAccount", || async {
-        pods.create(&PostParams::default(), &asking("a", "18Gi")).await.ok()
+        pods.create(&PostParams::default(), &asking("a", "18Gi"))
+            .await
+            .ok()
     })
     .await;
-    eventually("a node to be asked for", || async { provider.posts().first().cloned() }).await;
+    eventually("a node to be asked for", || async {
+        provider.posts().first().cloned()
+    })
+    .await;
     // It fits beside the first one on the node that boots.
-    pods.create(&PostParams::default(), &asking("b", "4Gi")).await.unwrap();
+    pods.create(&PostParams::default(), &asking("b", "4Gi"))
+        .await
+        .unwrap();
     // Nothing that could be asked for has room for this one.
-    pods.create(&PostParams::default(), &asking("c", "80Gi")).await.unwrap();
+    pods.create(&PostParams::default(), &asking("c", "80Gi"))
+        .await
+        .unwrap();
     let events: Api<Event> = setup.api("models");
     eventually("the Event on the pod that no node fits", || async {
         let all = events.list(&ListParams::default()).await.ok()?;
-        all.items.into_iter().find(|event| event.reason.as_deref() == Some("NoNodeFits"))
+        all.items
+            .into_iter()
+            .find(|event| event.reason.as_deref() == Some("NoNodeFits"))
     })
     .await;
     let policies: Api<NodePolicy> = Api::all(setup.client.clone());
@@ -343,7 +428,10 @@ async fn crash_a_node_is_asked_for_once_whoever_leads() {
     let amount = json!({"status": {
         "capacity": {"ebb.dev/gpu-memory": "24Gi"}, "allocatable": {"ebb.dev/gpu-memory": "24Gi"},
     }});
-    nodes.patch_status(&name, &PatchParams::default(), &Patch::Merge(amount)).await.unwrap();
+    nodes
+        .patch_status(&name, &PatchParams::default(), &Patch::Merge(amount))
+        .await
+        .unwrap();
     let gpu_nodes: Api<GpuNode> = Api::all(setup.client.clone());
     let gpu_node = serde_json::from_value(json!({
         "apiVersion": "ebb.dev/v1alpha1", "kind": "GpuNode", "metadata": {"name": name}, "spec": {},
@@ -357,9 +445,19 @@ async fn crash_a_node_is_asked_for_once_whoever_leads() {
         "conditions": [{"type": "Ready", "status": "True", "reason": "Answers", "message": "",
                         "lastTransitionTime": "2026-01-01T00:00:00Z"}],
     }});
-    gpu_nodes.patch_status(&name, &PatchParams::default(), &Patch::Merge(status)).await.unwrap();
+    gpu_nodes
+        .patch_status(&name, &PatchParams::default(), &Patch::Merge(status))
+        .await
+        .unwrap();
     eventually("the request to be done with", || async {
-        policies.get("l4").await.ok()?.status?.asked.is_empty().then_some(())
+        policies
+            .get("l4")
+            .await
+            .ok()?
+            .status?
+            .asked
+            .is_empty()
+            .then_some(())
     })
     .await;
     assert_eq!(provider.posts().len(), 1);

@@ -13,6 +13,7 @@ use super::units::{Bytes, GpuId};
     group = "ebb.dev",
     version = "v1alpha1",
     kind = "GpuNode",
+    doc = "The GPUs of one node. Written by `ebb agent`, named like its Node, and gone with it.",
     status = "GpuNodeStatus",
     shortname = "gn",
     category = "ebb",

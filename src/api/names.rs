@@ -34,3 +34,13 @@ pub const GATED_KEY: &str = "ebb.dev/gated";
 pub const GATE_PORTS: std::ops::RangeInclusive<u16> = 20_000..=29_999;
 /// Label of nodes that carry GPUs, as NVIDIA's feature discovery sets it.
 pub const GPU_PRESENT_LABEL: &str = "nvidia.com/gpu.present";
+/// Environment variable by which a container's GPUs reach NVIDIA's container runtime.
+pub const VISIBLE_DEVICES_ENV: &str = "NVIDIA_VISIBLE_DEVICES";
+/// Environment variable with the bytes that a container may use on each of its GPUs.
+pub const MEMORY_BYTES_ENV: &str = "EBB_GPU_MEMORY_BYTES";
+/// Environment variable with the same as a share of the card.
+pub const MEMORY_SHARE_ENV: &str = "EBB_GPU_MEMORY_SHARE";
+/// RuntimeClass of NVIDIA's container runtime, set on GPU pods where the cluster has it.
+pub const RUNTIME_CLASS: &str = "nvidia";
+/// The scheduler's name that pods have when nobody chose one.
+pub const DEFAULT_SCHEDULER: &str = "default-scheduler";

@@ -13,7 +13,12 @@ use super::duration::Span;
     group = "ebb.dev",
     version = "v1alpha1",
     kind = "NodePolicy",
+<<<<<<< HEAD
     status = "NodePolicyStatus",
+=======
+    doc = "A group of nodes that one provider object adds and removes, and when Ebb may release or ask for one.",
+    status = "PolicyStatus",
+>>>>>>> webhook
     shortname = "np",
     category = "ebb",
     printcolumn = r#"{"name":"Provider","type":"string","jsonPath":".spec.provider.kind"}"#,
@@ -57,12 +62,21 @@ pub struct NodePolicySpec {
 
 /// Who adds and removes nodes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[schemars(extend("x-kubernetes-validations" = [{
+    "rule": "self.kind != 'http' || size(self.url) > 0",
+    "message": "the http provider needs a url, as http://nodes.example:8080",
+}]))]
 #[serde(rename_all = "camelCase")]
 pub struct Provider {
     /// The provider's kind.
     pub kind: ProviderKind,
     /// Base URL of the `http` provider, as `http://nodes.example:8080`.
+<<<<<<< HEAD
     #[schemars(length(max = 2048), regex(pattern = "^https?://"))]
+=======
+    #[serde(default)]
+    #[schemars(length(max = 2048), regex(pattern = "^(https?://.+)?$"))]
+>>>>>>> webhook
     pub url: String,
     /// Name of the group at the provider.
     #[schemars(length(min = 1, max = 253))]
@@ -85,7 +99,10 @@ pub struct NodeShape {
     #[schemars(range(min = 1, max = 64))]
     pub gpus: u32,
     /// Memory that each GPU offers to pods, as a quantity (`24Gi`).
-    #[schemars(length(min = 1, max = 32))]
+    #[schemars(length(min = 1, max = 32), extend("x-kubernetes-validations" = [{
+        "rule": "isQuantity(self)",
+        "message": "gpuMemory must be a quantity, as 24Gi",
+    }]))]
     pub gpu_memory: String,
     /// Labels that a new node carries; pods with a nodeSelector are held against them.
     #[serde(default)]

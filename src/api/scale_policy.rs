@@ -15,6 +15,7 @@ use super::duration::Span;
     group = "ebb.dev",
     version = "v1alpha1",
     kind = "ScalePolicy",
+    doc = "Which namespaces and workloads Ebb scales, and the values they get.",
     status = "PolicyStatus",
     shortname = "sp",
     category = "ebb",
@@ -74,7 +75,10 @@ pub struct ColdStart {
     #[schemars(range(min = 1, max = 1_000_000))]
     pub queue_requests: u32,
     /// Bytes of held requests for one workload, as a quantity (`64Mi`).
-    #[schemars(length(max = 32))]
+    #[schemars(length(max = 32), extend("x-kubernetes-validations" = [{
+        "rule": "isQuantity(self)",
+        "message": "queueBytes must be a quantity, as 64Mi",
+    }]))]
     pub queue_bytes: String,
 }
 
@@ -93,8 +97,10 @@ impl Default for ColdStart {
 #[serde(rename_all = "camelCase", default)]
 pub struct Bounds {
     /// Longest `ebb.dev/idle-after`. Absent: no bound.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub max_idle_after: Option<Span>,
     /// Highest `ebb.dev/max-replicas` and `ebb.dev/min-replicas`. Absent: no bound.
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1000))]
     pub max_replicas: Option<u32>,
 }

@@ -40,7 +40,11 @@ pub fn from_config(config: Config) -> anyhow::Result<Client> {
     let http = legacy::Client::builder(TokioExecutor::new()).build(connector);
     let service = tower::ServiceBuilder::new()
         .layer(config.base_uri_layer())
-        .option_layer(config.auth_layer().context("cannot use the credentials for the API server")?)
+        .option_layer(
+            config
+                .auth_layer()
+                .context("cannot use the credentials for the API server")?,
+        )
         .map_err(tower::BoxError::from)
         .service(http);
     Ok(Client::new(service, config.default_namespace))

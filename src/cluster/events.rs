@@ -138,7 +138,8 @@ impl Writer {
         let uid = told.regarding.uid.clone().unwrap_or_default();
         let name = told.regarding.name.clone().unwrap_or_default();
         let key = (format!("{uid}/{name}"), told.reason, told.note.clone());
-        self.written.retain(|_, written| now.duration_since(written.first) < SERIES);
+        self.written
+            .retain(|_, written| now.duration_since(written.first) < SERIES);
         let result = match self.written.get_mut(&key) {
             Some(written) => {
                 written.count = written.count.saturating_add(1);

@@ -55,7 +55,9 @@ fn is_finished(pod: &Pod) -> bool {
 }
 
 fn is_daemon(pod: &Pod) -> bool {
-    pod.owner_references().iter().any(|owner| owner.kind == "DaemonSet")
+    pod.owner_references()
+        .iter()
+        .any(|owner| owner.kind == "DaemonSet")
 }
 
 fn is_mirror(pod: &Pod) -> bool {
@@ -89,10 +91,18 @@ pub fn offers_gpu_memory(node: &Node) -> bool {
 /// The node's healthy GPUs with what bound pods leave of them; empty until its agent has told and is well.
 #[must_use]
 pub fn gpus(view: &View, node: &str, pods: &PodsByNode, now: Timestamp) -> Vec<GpuRoom> {
-    let Some(status) = view.gpu_nodes.get("", node).and_then(|gpu_node| gpu_node.status.clone()) else {
+    let Some(status) = view
+        .gpu_nodes
+        .get("", node)
+        .and_then(|gpu_node| gpu_node.status.clone())
+    else {
         return Vec::new();
     };
-    if !status.conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True") {
+    if !status
+        .conditions
+        .iter()
+        .any(|c| c.type_ == "Ready" && c.status == "True")
+    {
         return Vec::new();
     }
     let mut rooms: BTreeMap<&str, GpuRoom> = status
@@ -136,13 +146,21 @@ fn leaves_soon(pod: &Pod, now: Timestamp) -> bool {
     })
 }
 
-/// The node's taints that keep pods away, Ebb's own left out.
+/// Taints that follow the node's conditions; [`is_ready`] and [`is_cordoned`] say the same without delay.
+const CONDITION_TAINTS: [&str; 3] = [
+    "node.kubernetes.io/not-ready",
+    "node.kubernetes.io/unreachable",
+    "node.kubernetes.io/unschedulable",
+];
+
+/// The node's taints that keep pods away, Ebb's own and those of its conditions left out.
 #[must_use]
 pub fn taints(node: &Node) -> Vec<Taint> {
     node.spec
         .iter()
         .flat_map(|spec| spec.taints.iter().flatten())
         .filter(|taint| taint.key != names::RELEASE_TAINT && taint.effect != "PreferNoSchedule")
+        .filter(|taint| !CONDITION_TAINTS.contains(&taint.key.as_str()))
         .map(|taint| Taint {
             key: taint.key.clone(),
             value: taint.value.clone().unwrap_or_default(),
@@ -211,14 +229,19 @@ mod tests {
     #[test]
     fn only_pods_that_somebody_would_miss_occupy_a_node() {
         let others = [
-            pod(json!({"metadata": {"ownerReferences": [{"kind": "DaemonSet", "name": "d", "apiVersion": "apps/v1", "uid": "u"}]}})),
+            pod(
+                json!({"metadata": {"ownerReferences": [{"kind": "DaemonSet", "name": "d", "apiVersion": "apps/v1", "uid": "u"}]}}),
+            ),
             pod(json!({"metadata": {"annotations": {"kubernetes.io/config.mirror": "x"}}})),
             pod(json!({"status": {"phase": "Succeeded"}})),
         ];
         assert_eq!(PodsByNode::new(&others).occupied("n1"), None);
         let terminating = pod(json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}));
         let all = [others[0].clone(), terminating];
-        assert_eq!(PodsByNode::new(&all).occupied("n1").as_deref(), Some("pod models/p"));
+        assert_eq!(
+            PodsByNode::new(&all).occupied("n1").as_deref(),
+            Some("pod models/p")
+        );
     }
 
     #[test]
@@ -232,9 +255,12 @@ mod tests {
             annotations::GPU_MEMORY_BYTES: "60",
         }}}));
         reserve(&mut rooms, &bound);
-        reserve(&mut rooms, &pod(json!({"metadata": {"annotations": {
-            annotations::GPU_DEVICES: "GPU-b", annotations::GPU_MEMORY_BYTES: "60",
-        }}})));
+        reserve(
+            &mut rooms,
+            &pod(json!({"metadata": {"annotations": {
+                annotations::GPU_DEVICES: "GPU-b", annotations::GPU_MEMORY_BYTES: "60",
+            }}})),
+        );
         assert_eq!((rooms["GPU-a"].free, rooms["GPU-b"].free), (Bytes(40), Bytes(0)));
     }
 }

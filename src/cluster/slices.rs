@@ -153,7 +153,10 @@ pub fn slice(service: &Service, targets: &Targets, gate_ports: &BTreeMap<String,
                 .iter()
                 .map(|gate| endpoint(gate.ip, gate.node.clone(), None))
                 .collect(),
-            ports.iter().map(|(key, _)| gate_ports.get(key).copied()).collect(),
+            ports
+                .iter()
+                .map(|(key, _)| gate_ports.get(key).copied())
+                .collect(),
         ),
         Targets::Pods { pods, ports } => (
             pods.iter()
@@ -172,7 +175,10 @@ pub fn slice(service: &Service, targets: &Targets, gate_ports: &BTreeMap<String,
         ),
         Targets::Nobody => (
             Vec::new(),
-            ports.iter().map(|(key, _)| gate_ports.get(key).copied()).collect(),
+            ports
+                .iter()
+                .map(|(key, _)| gate_ports.get(key).copied())
+                .collect(),
         ),
     };
     endpoints.truncate(MAX_ENDPOINTS);
@@ -273,10 +279,16 @@ mod tests {
         let pods = endpoints::pods(&[target]).unwrap();
         let slice = slice(&service, &pods, &BTreeMap::new());
         let ports = slice.ports.unwrap();
-        assert_eq!((ports[0].name.as_deref(), ports[0].port), (Some("http"), Some(8000)));
+        assert_eq!(
+            (ports[0].name.as_deref(), ports[0].port),
+            (Some("http"), Some(8000))
+        );
         assert_eq!(ports[0].app_protocol.as_deref(), Some("http"));
         let endpoint = &slice.endpoints[0];
-        assert_eq!(endpoint.target_ref.as_ref().unwrap().name.as_deref(), Some("llama-1"));
+        assert_eq!(
+            endpoint.target_ref.as_ref().unwrap().name.as_deref(),
+            Some("llama-1")
+        );
     }
 
     #[test]

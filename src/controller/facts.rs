@@ -118,6 +118,9 @@ mod tests {
         }}))
         .unwrap();
         let workload = workload_of(&pod).unwrap();
-        assert_eq!((workload.kind, workload.name.as_str()), (WorkloadKind::Deployment, "llama-7b"));
+        assert_eq!(
+            (workload.kind, workload.name.as_str()),
+            (WorkloadKind::Deployment, "llama-7b")
+        );
     }
 }

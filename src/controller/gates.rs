@@ -214,7 +214,11 @@ impl Gates {
     /// A gate answered a hold.
     pub fn held(&self, id: LinkId, hold: u64, busy: Option<String>) {
         let mut inner = self.0.inner.lock();
-        let pod = inner.links.get(&id).map(|link| link.pod.clone()).unwrap_or_default();
+        let pod = inner
+            .links
+            .get(&id)
+            .map(|link| link.pod.clone())
+            .unwrap_or_default();
         let Some(hold) = inner.holds.get_mut(&hold) else {
             return;
         };
@@ -252,11 +256,15 @@ impl Gates {
         let inner = self.0.inner.lock();
         let linked = inner.links.values().map(|link| GateFacts {
             pod: link.pod.clone(),
-            load: link.loads.get(workload).filter(|_| link.reported).map(|told| Load {
-                in_flight: told.in_flight,
-                queued: told.queued,
-                idle: told.last.map(|last| now.duration_since(last)),
-            }),
+            load: link
+                .loads
+                .get(workload)
+                .filter(|_| link.reported)
+                .map(|told| Load {
+                    in_flight: told.in_flight,
+                    queued: told.queued,
+                    idle: told.last.map(|last| now.duration_since(last)),
+                }),
         });
         let without = others
             .iter()
@@ -460,7 +468,9 @@ mod tests {
             let gates = gates.clone();
             async move { gates.hold(&workload(), LONG, LONG).await.map(Held::asleep) }
         });
-        let Some(ToGate::Hold { id, .. }) = to_a.recv().await else { panic!("a hold") };
+        let Some(ToGate::Hold { id, .. }) = to_a.recv().await else {
+            panic!("a hold")
+        };
         to_b.recv().await.unwrap();
         gates.held(a, id, None);
         tokio::time::sleep(Duration::from_millis(1)).await;
@@ -477,7 +487,9 @@ mod tests {
             let gates = gates.clone();
             async move { gates.hold(&workload(), LONG, LONG).await.map(Held::asleep) }
         });
-        let Some(ToGate::Hold { id, .. }) = to_a.recv().await else { panic!("a hold") };
+        let Some(ToGate::Hold { id, .. }) = to_a.recv().await else {
+            panic!("a hold")
+        };
         gates.held(a, id, Some("1 in flight".to_owned()));
         assert_eq!(asking.await.unwrap(), Err("gate gate-a: 1 in flight".to_owned()));
         assert_eq!(to_a.recv().await, Some(ToGate::Resume { id }));
@@ -504,7 +516,9 @@ mod tests {
             let gates = gates.clone();
             async move { gates.hold(&workload(), LONG, LONG).await.map(Held::asleep) }
         });
-        let Some(ToGate::Hold { id, .. }) = to_a.recv().await else { panic!("a hold") };
+        let Some(ToGate::Hold { id, .. }) = to_a.recv().await else {
+            panic!("a hold")
+        };
         let (b, mut to_b) = gates.connect("gate-b", IP).unwrap();
         assert!(matches!(to_b.recv().await, Some(ToGate::Hold { .. })));
         gates.held(a, id, None);

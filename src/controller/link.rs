@@ -54,7 +54,11 @@ async fn accept(State(server): State<Arc<LinkServer>>, headers: HeaderMap, body:
             .leadership
             .leader()
             .map(|leader| SocketAddr::new(leader.ip, server.port).to_string());
-        return (StatusCode::MISDIRECTED_REQUEST, axum::Json(Misdirected { leader })).into_response();
+        return (
+            StatusCode::MISDIRECTED_REQUEST,
+            axum::Json(Misdirected { leader }),
+        )
+            .into_response();
     }
     let caller = match check(&server, &headers).await {
         Ok(caller) => caller,
@@ -81,7 +85,11 @@ async fn accept(State(server): State<Arc<LinkServer>>, headers: HeaderMap, body:
         line.push(b'\n');
         Ok::<_, io::Error>(bytes::Bytes::from(line))
     });
-    ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
+    (
+        [(header::CONTENT_TYPE, "application/x-ndjson")],
+        Body::from_stream(lines),
+    )
+        .into_response()
 }
 
 async fn check(server: &LinkServer, headers: &HeaderMap) -> Result<Caller, Refused> {
@@ -148,7 +156,10 @@ async fn serve(
         return Err(LinkError::WrongPod { said: pod, bound });
     }
     let (id, messages) = server.gates.connect(&pod, ip).ok_or(LinkError::TooMany)?;
-    let _gone = Gone { gates: &server.gates, id };
+    let _gone = Gone {
+        gates: &server.gates,
+        id,
+    };
     tracing::info!(gate = pod, %ip, "a gate is connected");
     server.metrics.links.inc();
     let result = converse(server, id, lines, messages, sender).await;

@@ -54,7 +54,8 @@ impl Metrics {
     #[must_use]
     pub fn new(registry: &mut Registry) -> Self {
         let this = Self::default();
-        let mut counter = |name: &str, help: &str, counter: &Counter| registry.register(name, help, counter.clone());
+        let mut counter =
+            |name: &str, help: &str, counter: &Counter| registry.register(name, help, counter.clone());
         counter("ebb_sleeps", "Workloads put to sleep", &this.sleeps);
         counter(
             "ebb_sleeps_kept_back",
@@ -62,15 +63,27 @@ impl Metrics {
             &this.sleeps_kept_back,
         );
         counter("ebb_wakes", "Workloads seen to wake", &this.wakes);
-        counter("ebb_wake_failures", "Wakes that were told to fail", &this.wake_failures);
-        counter("ebb_nodes_asked", "Nodes that providers were asked for", &this.nodes_asked);
+        counter(
+            "ebb_wake_failures",
+            "Wakes that were told to fail",
+            &this.wake_failures,
+        );
+        counter(
+            "ebb_nodes_asked",
+            "Nodes that providers were asked for",
+            &this.nodes_asked,
+        );
         counter(
             "ebb_nodes_released",
             "Nodes whose removal providers were asked for",
             &this.nodes_released,
         );
         registry.register("ebb_gate_links", "Gates with a live link", this.links.clone());
-        registry.register("ebb_reconcile_passes", "Passes of each reconciler", this.passes.clone());
+        registry.register(
+            "ebb_reconcile_passes",
+            "Passes of each reconciler",
+            this.passes.clone(),
+        );
         registry.register(
             "ebb_reconcile_failures",
             "Writes or calls of each reconciler that failed",

@@ -107,7 +107,12 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
         return Ok(());
     };
     tokio::spawn(ca_bundle::keep(client.clone(), certificates.ca(), end.clone()));
-    let view = started("view", View::start(client.clone(), Hooks::default(), end.clone()), &shutdown).await?;
+    let view = started(
+        "view",
+        View::start(client.clone(), Hooks::default(), end.clone()),
+        &shutdown,
+    )
+    .await?;
     let Some(view) = view else {
         return Ok(());
     };
@@ -138,7 +143,13 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
     }));
     let listener = listen(&args, args.link_port, "the gates").await?;
     let limits = https::Limits::default();
-    servers.spawn(https::serve_https(listener, certificates.server(), link, limits, end.clone()));
+    servers.spawn(https::serve_https(
+        listener,
+        certificates.server(),
+        link,
+        limits,
+        end.clone(),
+    ));
     let registry = Arc::new(registry);
     let (told, stop) = (readiness.clone(), end.clone());
     servers.spawn(async move {
@@ -200,7 +211,7 @@ async fn lead(context: Context, shutdown: &CancellationToken) {
             },
             () = shutdown.cancelled() => return,
         }
-        let stop = shutdown.child_token();
+        let stop = CancellationToken::new();
         let context = Context {
             since: Instant::now(),
             ..context.clone()

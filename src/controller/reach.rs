@@ -54,14 +54,20 @@ impl Reaches {
                 continue;
             }
             let decide = |facts: ServiceFacts<'_>| {
-                gating(facts, candidates.iter().map(|(reference, labels)| (reference, labels)))
+                gating(
+                    facts,
+                    candidates.iter().map(|(reference, labels)| (reference, labels)),
+                )
             };
             let facts = service_facts(&service);
             match decide(facts) {
                 Gating::Gate(workload) => note(&mut reaches, workload, through(view, &service)),
                 Gating::Off => {
                     if let Gating::Gate(workload) = decide(ServiceFacts { mode: None, ..facts }) {
-                        let reason = format!("Service {} leads to it past the gates (ebb.dev/mode: off)", service.name_any());
+                        let reason = format!(
+                            "Service {} leads to it past the gates (ebb.dev/mode: off)",
+                            service.name_any()
+                        );
                         note(&mut reaches, workload, Reach::Direct(reason));
                     }
                 }
@@ -102,7 +108,9 @@ fn through(view: &View, service: &Service) -> Reach {
         .flat_map(|slice| &slice.endpoints)
         .any(|endpoint| endpoint.target_ref.is_some());
     if !has_key || to_pods {
-        return Reach::Direct(format!("requests to Service {name} go to its pods directly at present"));
+        return Reach::Direct(format!(
+            "requests to Service {name} go to its pods directly at present"
+        ));
     }
     if slice.is_none() {
         return Reach::None;

@@ -81,7 +81,9 @@ pub async fn drive<R: Reconciler>(
         }
         let next = reconciler.pass().await;
         metrics.passes.get_or_create(&PartLabel { part: R::PART }).inc();
-        let wait = next.unwrap_or(AT_LEAST_EVERY).clamp(AT_MOST_EVERY, AT_LEAST_EVERY);
+        let wait = next
+            .unwrap_or(AT_LEAST_EVERY)
+            .clamp(AT_MOST_EVERY, AT_LEAST_EVERY);
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(wait) => continue,
@@ -192,7 +194,12 @@ mod tests {
     async fn many_changes_are_one_pass() {
         let (sender, receiver) = watch::channel(0);
         let (count, stop) = (Arc::new(AtomicU32::new(0)), CancellationToken::new());
-        let driven = drive(Counting(count.clone()), Metrics::default(), vec![receiver], stop.clone());
+        let driven = drive(
+            Counting(count.clone()),
+            Metrics::default(),
+            vec![receiver],
+            stop.clone(),
+        );
         let task = tokio::spawn(driven);
         tokio::time::sleep(Duration::from_millis(1)).await;
         assert_eq!(count.load(Ordering::SeqCst), 1);

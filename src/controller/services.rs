@@ -37,9 +37,15 @@ const CONCURRENCY: usize = 8;
 /// One write, decided on.
 enum Action {
     /// Key, annotation or both, at the version that was read.
-    Patch { service: Arc<Service>, patch: serde_json::Value },
+    Patch {
+        service: Arc<Service>,
+        patch: serde_json::Value,
+    },
     /// The slice is missing.
-    Create { slice: Box<EndpointSlice>, reason: &'static str },
+    Create {
+        slice: Box<EndpointSlice>,
+        reason: &'static str,
+    },
     /// The slice says something else.
     Replace {
         slice: Box<EndpointSlice>,
@@ -67,7 +73,6 @@ pub struct Services {
 
 /// What one pass looks at.
 struct Facts {
-    workloads: ByNamespace,
     gates: Vec<(Arc<Pod>, Option<LinkedGate>)>,
     pods: HashMap<String, Vec<Arc<Pod>>>,
     assignment: Assignment,
@@ -90,10 +95,13 @@ impl Services {
     fn decide(&self, service: &Service, workloads: &ByNamespace) -> Gating {
         let namespace = service.namespace().unwrap_or_default();
         let candidates = workloads.get(&namespace).map_or(&[][..], Vec::as_slice);
-        gating(service_facts(service), candidates.iter().map(|(reference, labels)| (reference, labels)))
+        gating(
+            service_facts(service),
+            candidates.iter().map(|(reference, labels)| (reference, labels)),
+        )
     }
 
-    fn facts(&self, services: &[(Arc<Service>, Gating)], workloads: ByNamespace) -> Facts {
+    fn facts(&self, services: &[(Arc<Service>, Gating)], workloads: &ByNamespace) -> Facts {
         let view = &self.context.view;
         let linked: HashMap<String, LinkedGate> = self
             .context
@@ -126,7 +134,6 @@ impl Services {
             })
             .collect();
         Facts {
-            workloads,
             gates,
             pods,
             assignment: gate_ports::assign(&wishes, names::GATE_PORTS),
@@ -151,7 +158,12 @@ impl Services {
     }
 
     /// What one Service needs.
-    fn plan(&mut self, service: &Arc<Service>, decided: &Gating, facts: &Facts) -> (Vec<Action>, Option<Duration>) {
+    fn plan(
+        &mut self,
+        service: &Arc<Service>,
+        decided: &Gating,
+        facts: &Facts,
+    ) -> (Vec<Action>, Option<Duration>) {
         match decided {
             Gating::Gate(_) => {
                 self.ungated.remove(&key(service.as_ref()));
@@ -201,7 +213,9 @@ impl Services {
         if let Some(twin) = headless::twin(service) {
             let have = self.context.view.services.get(&namespace, &twin.name_any());
             match have {
-                None => actions.push(Action::Twin { service: Box::new(twin) }),
+                None => actions.push(Action::Twin {
+                    service: Box::new(twin),
+                }),
                 Some(have) if headless::is_twin(&have) && !headless::same(&have, &twin) => {
                     actions.push(Action::DeleteTwin { service: have });
                 }
@@ -258,7 +272,11 @@ impl Services {
     fn leave(&mut self, service: &Arc<Service>, facts: &Facts) -> (Vec<Action>, Option<Duration>) {
         let namespace = service.namespace().unwrap_or_default();
         let name = service.name_any();
-        let slice = self.context.view.slices.get(&namespace, &slices::slice_name(&name));
+        let slice = self
+            .context
+            .view
+            .slices
+            .get(&namespace, &slices::slice_name(&name));
         let has_key = selector(service).is_some_and(|selector| selector.contains_key(names::GATED_KEY));
         let has_ports = service.annotations().contains_key(annotations::GATE_PORTS);
         let mut actions = Vec::new();
@@ -291,8 +309,14 @@ impl Services {
         if let Some(slice) = slice
             && !has_key
         {
-            let since = *self.ungated.entry(key(service.as_ref())).or_insert_with(Instant::now);
-            match OVERLAP.checked_sub(since.elapsed()).filter(|left| !left.is_zero()) {
+            let since = *self
+                .ungated
+                .entry(key(service.as_ref()))
+                .or_insert_with(Instant::now);
+            match OVERLAP
+                .checked_sub(since.elapsed())
+                .filter(|left| !left.is_zero())
+            {
                 Some(left) => again = Some(left),
                 None => actions.push(Action::Delete { slice }),
             }
@@ -321,9 +345,12 @@ impl Reconciler for Services {
             .collect();
         let uids: HashSet<String> = services.iter().filter_map(|(service, _)| service.uid()).collect();
         self.told.retain(|uid, _| uids.contains(uid));
-        let keys: HashSet<String> = services.iter().map(|(service, _)| key(service.as_ref())).collect();
+        let keys: HashSet<String> = services
+            .iter()
+            .map(|(service, _)| key(service.as_ref()))
+            .collect();
         self.ungated.retain(|key, _| keys.contains(key));
-        let facts = self.facts(&services, workloads);
+        let facts = self.facts(&services, &workloads);
         let mut next = facts.settling.then_some(SETTLING);
         let mut due = Vec::new();
         for (service, decided) in &services {
@@ -333,7 +360,10 @@ impl Reconciler for Services {
             }
             let (mut actions, again) = self.plan(service, decided, &facts);
             next = sooner(next, again);
-            if !actions.iter().any(|action| matches!(action, Action::Patch { .. })) {
+            if !actions
+                .iter()
+                .any(|action| matches!(action, Action::Patch { .. }))
+            {
                 self.written.went_well(&id);
             } else if self.written.open(&id) {
                 self.written.failed(&id);
@@ -499,7 +529,10 @@ fn selector(service: &Service) -> Option<&BTreeMap<String, String>> {
 fn selects(service: &Service, pod: &Pod) -> bool {
     let labels = pod.labels();
     selector(service).is_some_and(|selector| {
-        let mut own = selector.iter().filter(|(key, _)| *key != names::GATED_KEY).peekable();
+        let mut own = selector
+            .iter()
+            .filter(|(key, _)| *key != names::GATED_KEY)
+            .peekable();
         own.peek().is_some() && own.all(|(key, value)| labels.get(key) == Some(value))
     })
 }

@@ -30,7 +30,10 @@ pub struct Caller {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
     /// No `Authorization: Bearer …`.
-    #[error("no bearer token: mount a ServiceAccount token with audience {} and send it", names::LINK_AUDIENCE)]
+    #[error(
+        "no bearer token: mount a ServiceAccount token with audience {} and send it",
+        names::LINK_AUDIENCE
+    )]
     Missing,
     /// The API server does not accept the token for our audience.
     #[error("the token is not accepted: {0}")]
@@ -47,8 +50,11 @@ pub enum Refused {
 pub struct Tokens {
     client: Client,
     user: String,
-    known: Mutex<HashMap<Vec<u8>, (Instant, Result<Caller, Refused>)>>,
+    known: Mutex<HashMap<Vec<u8>, Answer>>,
 }
+
+/// What was answered, and until when it is believed.
+type Answer = (Instant, Result<Caller, Refused>);
 
 impl Tokens {
     /// For gates that run in `namespace`.
@@ -128,12 +134,18 @@ impl Tokens {
 /// SHA-256 of the token, so that no token is kept in memory. By way of rustls, which has it in its provider.
 fn digest(token: &str) -> Vec<u8> {
     match rustls::crypto::ring::cipher_suite::TLS13_AES_128_GCM_SHA256 {
-        rustls::SupportedCipherSuite::Tls13(suite) => {
-            suite.common.hash_provider.hash(token.as_bytes()).as_ref().to_vec()
-        }
-        rustls::SupportedCipherSuite::Tls12(suite) => {
-            suite.common.hash_provider.hash(token.as_bytes()).as_ref().to_vec()
-        }
+        rustls::SupportedCipherSuite::Tls13(suite) => suite
+            .common
+            .hash_provider
+            .hash(token.as_bytes())
+            .as_ref()
+            .to_vec(),
+        rustls::SupportedCipherSuite::Tls12(suite) => suite
+            .common
+            .hash_provider
+            .hash(token.as_bytes())
+            .as_ref()
+            .to_vec(),
     }
 }
 

@@ -140,7 +140,14 @@ impl Workloads {
         track.ready = ready;
     }
 
-    fn sleep(&self, workload: &Workload, settings: &Settings, reach: &Reach, gates: &[GateFacts], now: Timestamp) -> sleep::Decision {
+    fn sleep(
+        &self,
+        workload: &Workload,
+        settings: &Settings,
+        reach: &Reach,
+        gates: &[GateFacts],
+        now: Timestamp,
+    ) -> sleep::Decision {
         let since = |at: Instant| at.elapsed();
         let track = self.tracks.get(&workload.uid);
         let active = self.context.gates.last_active(&workload.reference).map(since);
@@ -162,7 +169,12 @@ impl Workloads {
         })
     }
 
-    fn autoscale(&mut self, workload: &Workload, settings: &Settings, gates: &[GateFacts]) -> autoscale::Decision {
+    fn autoscale(
+        &mut self,
+        workload: &Workload,
+        settings: &Settings,
+        gates: &[GateFacts],
+    ) -> autoscale::Decision {
         let load = gates.iter().try_fold(0u32, |sum, gate| {
             gate.load
                 .map(|load| sum.saturating_add(load.in_flight).saturating_add(load.queued))
@@ -227,8 +239,13 @@ impl Workloads {
             replicas: workload.replicas.0,
             ready: workload.ready_replicas.0,
             paused_before_first_rollout: deployment.as_ref().is_some_and(|deployment| {
-                deployment.spec.as_ref().is_some_and(|spec| spec.paused == Some(true))
-                    && !deployment.annotations().contains_key("deployment.kubernetes.io/revision")
+                deployment
+                    .spec
+                    .as_ref()
+                    .is_some_and(|spec| spec.paused == Some(true))
+                    && !deployment
+                        .annotations()
+                        .contains_key("deployment.kubernetes.io/revision")
             }),
             refused,
             pods: pods.iter().map(|pod| self.pod_facts(pod)).collect(),
@@ -266,7 +283,9 @@ impl Workloads {
         }
         {
             let mut under_way = self.under_way.lock();
-            if !under_way.backoff.open(&workload.reference) || !under_way.busy.insert(workload.reference.clone()) {
+            if !under_way.backoff.open(&workload.reference)
+                || !under_way.busy.insert(workload.reference.clone())
+            {
                 return;
             }
         }
@@ -320,13 +339,23 @@ async fn put_to_sleep(context: &Context, workload: &Workload, reason: &str) -> R
     }
 }
 
-async fn set_replicas(context: &Context, workload: &Workload, replicas: Replicas, reason: &str) -> Result<(), String> {
+async fn set_replicas(
+    context: &Context,
+    workload: &Workload,
+    replicas: Replicas,
+    reason: &str,
+) -> Result<(), String> {
     if !context.leads() {
         return Err("this replica does not lead any more".to_owned());
     }
-    scale::set(&context.client, &workload.reference, &workload.resource_version, replicas)
-        .await
-        .map_err(|error| error.to_string())?;
+    scale::set(
+        &context.client,
+        &workload.reference,
+        &workload.resource_version,
+        replicas,
+    )
+    .await
+    .map_err(|error| error.to_string())?;
     let note = format!("{} to {replicas}: {reason}", workload.replicas);
     tell(context, workload, false, "Scaled", note);
     Ok(())

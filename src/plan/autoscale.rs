@@ -49,7 +49,10 @@ impl Window {
     pub fn note(&mut self, now: Duration, needed: Replicas) {
         self.0.push_back((now, needed.0));
         while self.0.len() > MAX_SAMPLES
-            || self.0.front().is_some_and(|(at, _)| now.saturating_sub(*at) > STABLE_WINDOW)
+            || self
+                .0
+                .front()
+                .is_some_and(|(at, _)| now.saturating_sub(*at) > STABLE_WINDOW)
         {
             self.0.pop_front();
         }
@@ -59,7 +62,11 @@ impl Window {
     fn most(&self, now: Duration) -> Option<u32> {
         let (oldest, _) = self.0.front()?;
         let full = now.saturating_sub(*oldest) + STABLE_WINDOW / 10 >= STABLE_WINDOW;
-        if full { self.0.iter().map(|(_, n)| *n).max() } else { None }
+        if full {
+            self.0.iter().map(|(_, n)| *n).max()
+        } else {
+            None
+        }
     }
 }
 
@@ -154,7 +161,10 @@ mod tests {
 
     #[test]
     fn wakes_are_the_gates_except_up_to_the_minimum() {
-        assert_eq!(to(decide(&facts(0, 100), &Window::default(), Duration::ZERO)), None);
+        assert_eq!(
+            to(decide(&facts(0, 100), &Window::default(), Duration::ZERO)),
+            None
+        );
         let kept = Facts {
             min: Replicas(2),
             load: None,

@@ -168,14 +168,20 @@ mod tests {
 
     fn any_state() -> impl Strategy<Value = GateState> {
         prop_oneof![
-            (any::<bool>(), any::<bool>()).prop_map(|(listens, stopping)| GateState::Linked { listens, stopping }),
+            (any::<bool>(), any::<bool>())
+                .prop_map(|(listens, stopping)| GateState::Linked { listens, stopping }),
             Just(GateState::ListedAndReady),
         ]
     }
 
     #[test]
     fn two_versions_with_different_ports_are_not_mixed() {
-        let ready = [pod(1, Some(vec![8000])), pod(2, Some(vec![9000])), pod(3, Some(vec![9000])), pod(4, None)];
+        let ready = [
+            pod(1, Some(vec![8000])),
+            pod(2, Some(vec![9000])),
+            pod(3, Some(vec![9000])),
+            pod(4, None),
+        ];
         let Targets::Pods { pods, ports } = decide(&[], &ready, false).targets else {
             panic!("fails open")
         };

@@ -85,6 +85,8 @@ pub struct Group {
     pub gpus: Vec<GpuRoom>,
     /// Labels of a new node.
     pub labels: Labels,
+    /// Taints of a new node, as far as nodes of the group have shown any.
+    pub taints: Vec<Taint>,
     /// Nodes that were asked for and cannot take pods yet.
     pub booting: u32,
     /// Nodes that exist, those that go included, and those that boot.
@@ -134,7 +136,12 @@ pub fn decide(pods: &[PendingPod], nodes: &[Node], groups: &[Group]) -> Wanted {
     let mut new: Vec<(&Group, Vec<GpuRoom>, Vec<&PendingPod>)> = Vec::new();
     // The smallest shape first: what is asked for is paid for.
     let mut by_size: Vec<&Group> = groups.iter().collect();
-    by_size.sort_by_key(|group| (group.gpus.iter().map(|gpu| gpu.usable.0).sum::<u64>(), &group.name));
+    by_size.sort_by_key(|group| {
+        (
+            group.gpus.iter().map(|gpu| gpu.usable.0).sum::<u64>(),
+            &group.name,
+        )
+    });
 
     let mut order: Vec<&PendingPod> = pods.iter().collect();
     order.sort_by(|a, b| (a.created_ms, &a.name).cmp(&(b.created_ms, &b.name)));
@@ -149,12 +156,12 @@ pub fn decide(pods: &[PendingPod], nodes: &[Node], groups: &[Group]) -> Wanted {
         }
         if booting
             .iter_mut()
-            .any(|(group, gpus)| admits(pod, &group.labels, &[]) && room::take(gpus, &pod.request))
+            .any(|(group, gpus)| admits(pod, &group.labels, &group.taints) && room::take(gpus, &pod.request))
         {
             continue;
         }
         let shared = new.iter_mut().find_map(|(group, gpus, for_pods)| {
-            (admits(pod, &group.labels, &[]) && room::take(gpus, &pod.request)).then_some(for_pods)
+            (admits(pod, &group.labels, &group.taints) && room::take(gpus, &pod.request)).then_some(for_pods)
         });
         if let Some(for_pods) = shared {
             for_pods.push(pod);
@@ -163,7 +170,9 @@ pub fn decide(pods: &[PendingPod], nodes: &[Node], groups: &[Group]) -> Wanted {
         let fitting: Vec<&Group> = by_size
             .iter()
             .copied()
-            .filter(|group| admits(pod, &group.labels, &[]) && room::fits_when_empty(&group.gpus, &pod.request))
+            .filter(|group| {
+                admits(pod, &group.labels, &group.taints) && room::fits_when_empty(&group.gpus, &pod.request)
+            })
             .collect();
         let open = fitting.iter().copied().find(|group| {
             let asked = new.iter().filter(|(g, _, _)| g.name == group.name).count();
@@ -175,9 +184,9 @@ pub fn decide(pods: &[PendingPod], nodes: &[Node], groups: &[Group]) -> Wanted {
             new.push((group, gpus, vec![pod]));
             continue;
         }
-        let later = nodes
-            .iter()
-            .any(|node| admits(pod, &node.labels, &node.taints) && room::fits_when_empty(&node.gpus, &pod.request));
+        let later = nodes.iter().any(|node| {
+            admits(pod, &node.labels, &node.taints) && room::fits_when_empty(&node.gpus, &pod.request)
+        });
         let told = describe(&pod.request);
         if let Some(group) = fitting.first() {
             wanted.wait.insert(
@@ -201,8 +210,8 @@ pub fn decide(pods: &[PendingPod], nodes: &[Node], groups: &[Group]) -> Wanted {
             wanted.never.insert(
                 pod.uid.clone(),
                 format!(
-                    "needs {told}, which no node of the cluster has and no NodePolicy offers: ask for less, or add a \
-                     NodePolicy whose spec.node fits"
+                    "needs {told}, which no node that it may run on has and no NodePolicy offers: ask for less, look \
+                     at its nodeSelector and tolerations, or add a NodePolicy whose spec.node fits"
                 ),
             );
         }
@@ -228,7 +237,11 @@ fn describe(request: &GpuRequest) -> String {
 fn reason(pods: &[&PendingPod]) -> String {
     match pods {
         [] => String::new(),
-        [pod] => format!("pod {} needs {}, which no node has free", pod.name, describe(&pod.request)),
+        [pod] => format!(
+            "pod {} needs {}, which no node has free",
+            pod.name,
+            describe(&pod.request)
+        ),
         [pod, others @ ..] => format!(
             "pod {} needs {}, which no node has free, and {} more would fit beside it",
             pod.name,
@@ -239,10 +252,14 @@ fn reason(pods: &[&PendingPod]) -> String {
 }
 
 fn admits(pod: &PendingPod, labels: &Labels, taints: &[Taint]) -> bool {
-    pod.node_selector.iter().all(|(key, value)| labels.get(key) == Some(value))
-        && taints
-            .iter()
-            .all(|taint| pod.tolerations.iter().any(|toleration| tolerates(toleration, taint)))
+    pod.node_selector
+        .iter()
+        .all(|(key, value)| labels.get(key) == Some(value))
+        && taints.iter().all(|taint| {
+            pod.tolerations
+                .iter()
+                .any(|toleration| tolerates(toleration, taint))
+        })
 }
 
 fn tolerates(toleration: &Toleration, taint: &Taint) -> bool {
@@ -308,6 +325,7 @@ mod tests {
             name: "l4".to_owned(),
             gpus: vec![GpuRoom::empty(Bytes(24 * GIB))],
             labels: Labels::from([("pool".to_owned(), "l4".to_owned())]),
+            taints: Vec::new(),
             booting,
             nodes,
             max_nodes,
@@ -348,7 +366,23 @@ mod tests {
         assert!(wanted.wait["uid-2"].contains("maximum of 1"));
         let mut picky = pod(3, 1);
         picky.node_selector = Labels::from([("pool".to_owned(), "h100".to_owned())]);
-        assert!(decide(&[picky], &nodes, &[group(1, 0, 9)]).never.contains_key("uid-3"));
+        assert!(
+            decide(&[picky], &nodes, &[group(1, 0, 9)])
+                .never
+                .contains_key("uid-3")
+        );
+    }
+
+    #[test]
+    fn a_node_that_the_pod_does_not_tolerate_is_not_asked_for() {
+        let mut tainted = group(0, 0, 10);
+        tainted.taints.push(Taint {
+            key: "nvidia.com/gpu".to_owned(),
+            value: String::new(),
+            effect: "NoSchedule".to_owned(),
+        });
+        let wanted = decide(&[pod(1, 4)], &[], &[tainted]);
+        assert!(wanted.ask.is_empty() && wanted.never["uid-1"].contains("tolerations"));
     }
 
     #[test]
@@ -364,7 +398,11 @@ mod tests {
             key: Some("nvidia.com/gpu".to_owned()),
             ..Toleration::default()
         });
-        assert!(decide(&[tolerant], &[tainted.clone()], &[]).keep.contains_key("a"));
+        assert!(
+            decide(&[tolerant], &[tainted.clone()], &[])
+                .keep
+                .contains_key("a")
+        );
         assert!(decide(&[pod(1, 4)], &[tainted], &[]).keep.is_empty());
     }
 

@@ -168,7 +168,9 @@ pub fn step(facts: &Facts, group: &Group, now: Timestamp) -> Step {
     match (mark.state, back) {
         (State::Candidate | State::Fenced, Some(reason)) => Step::Restore { reason },
         // With the provider at work there is no way back; without its word, it is asked first.
-        (State::Releasing, Some(reason)) if facts.at_provider == AtProvider::Present => Step::Restore { reason },
+        (State::Releasing, Some(reason)) if facts.at_provider == AtProvider::Present => {
+            Step::Restore { reason }
+        }
         (State::Releasing, _) => match facts.at_provider {
             AtProvider::Unknown => STAY,
             AtProvider::Present => Step::Remove {
@@ -295,20 +297,31 @@ mod tests {
 
     #[test]
     fn the_whole_way() {
-        assert_eq!(state_of(&step(&empty(None), &GROUP, at(0))), Some(State::Candidate));
+        assert_eq!(
+            state_of(&step(&empty(None), &GROUP, at(0))),
+            Some(State::Candidate)
+        );
         let candidate = empty(Some((State::Candidate, 0)));
         assert_eq!(
             step(&candidate, &GROUP, at(59)),
-            Step::Stay { again_in: Some(Duration::from_secs(1)) }
+            Step::Stay {
+                again_in: Some(Duration::from_secs(1))
+            }
         );
-        let Step::Mark { state: State::Fenced, reason } = step(&candidate, &GROUP, at(61)) else {
+        let Step::Mark {
+            state: State::Fenced,
+            reason,
+        } = step(&candidate, &GROUP, at(61))
+        else {
             panic!("must be fenced")
         };
         assert_eq!(reason, "empty for 1m1s");
         let fenced = empty(Some((State::Fenced, 61)));
         assert_eq!(
             step(&fenced, &GROUP, at(62)),
-            Step::Stay { again_in: Some(Duration::from_secs(1)) }
+            Step::Stay {
+                again_in: Some(Duration::from_secs(1))
+            }
         );
         assert_eq!(state_of(&step(&fenced, &GROUP, at(63))), Some(State::Releasing));
         let releasing = empty(Some((State::Releasing, 63)));
@@ -330,7 +343,10 @@ mod tests {
         for state in [State::Candidate, State::Fenced, State::Releasing] {
             let mut facts = empty(Some((state, 0)));
             facts.occupied = Some("pod models/a".to_owned());
-            assert!(matches!(step(&facts, &GROUP, at(900)), Step::Restore { .. }), "{state:?}");
+            assert!(
+                matches!(step(&facts, &GROUP, at(900)), Step::Restore { .. }),
+                "{state:?}"
+            );
         }
     }
 
@@ -343,7 +359,10 @@ mod tests {
 
     #[test]
     fn a_dry_run_only_tells() {
-        let dry = Group { dry_run: true, ..GROUP };
+        let dry = Group {
+            dry_run: true,
+            ..GROUP
+        };
         assert!(matches!(step(&empty(None), &dry, at(0)), Step::Tell { .. }));
         assert!(matches!(
             step(&empty(Some((State::Fenced, 0))), &dry, at(900)),

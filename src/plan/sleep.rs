@@ -124,10 +124,14 @@ pub fn decide(facts: &Facts<'_>) -> Decision {
         facts.idle_after
     };
     let asked = quiet;
-    let idle = [facts.since_awake, Some(facts.since_created), Some(facts.since_leading)]
-        .into_iter()
-        .fold(quiet, shorter)
-        .unwrap_or_default();
+    let idle = [
+        facts.since_awake,
+        Some(facts.since_created),
+        Some(facts.since_leading),
+    ]
+    .into_iter()
+    .fold(quiet, shorter)
+    .unwrap_or_default();
     if idle < limit {
         return Decision::Keep {
             reason: format!("idle for {} of {}", seconds(idle), Span(limit)),
@@ -136,11 +140,18 @@ pub fn decide(facts: &Facts<'_>) -> Decision {
     }
     Decision::Sleep {
         reason: if starting {
-            format!("nobody waits for it, and it has not become ready within {}", Span(limit))
+            format!(
+                "nobody waits for it, and it has not become ready within {}",
+                Span(limit)
+            )
         } else if let Some(asked) = asked {
             format!("no request for {} (idle-after {})", seconds(asked), Span(limit))
         } else {
-            format!("not called since it is awake, {} ago (idle-after {})", seconds(idle), Span(limit))
+            format!(
+                "not called since it is awake, {} ago (idle-after {})",
+                seconds(idle),
+                Span(limit)
+            )
         },
     }
 }

@@ -81,7 +81,10 @@ fn failure(pod: &PodFacts) -> Option<String> {
         .map(|(container, reason, message)| {
             let message = short(message);
             let colon = if message.is_empty() { "" } else { ": " };
-            format!("pod {}, container {container}: {reason}{colon}{message}", pod.name)
+            format!(
+                "pod {}, container {container}: {reason}{colon}{message}",
+                pod.name
+            )
         })
 }
 
@@ -124,7 +127,10 @@ mod tests {
 
     #[test]
     fn one_pod_that_may_come_up_is_enough_hope() {
-        assert_eq!(decide(&waking(vec![pod("CrashLoopBackOff"), pod("ContainerCreating")])), None);
+        assert_eq!(
+            decide(&waking(vec![pod("CrashLoopBackOff"), pod("ContainerCreating")])),
+            None
+        );
         let serving = Facts {
             ready: 1,
             ..waking(vec![pod("CrashLoopBackOff")])
@@ -138,7 +144,10 @@ mod tests {
             refused: Some("exceeded quota: gpu".to_owned()),
             ..waking(Vec::new())
         };
-        assert_eq!(decide(&refused).as_deref(), Some("its pods are refused: exceeded quota: gpu"));
+        assert_eq!(
+            decide(&refused).as_deref(),
+            Some("its pods are refused: exceeded quota: gpu")
+        );
         let old = Facts {
             pods: vec![pod("ContainerCreating")],
             ..refused

@@ -80,8 +80,15 @@ impl HttpProvider {
         })
     }
 
-    async fn call(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<(StatusCode, Bytes), ProviderError> {
-        let mut request = Request::builder().method(method).uri(format!("{}{path}", self.base));
+    async fn call(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+    ) -> Result<(StatusCode, Bytes), ProviderError> {
+        let mut request = Request::builder()
+            .method(method)
+            .uri(format!("{}{path}", self.base));
         if body.is_some() {
             request = request.header(header::CONTENT_TYPE, "application/json");
         }
@@ -134,7 +141,9 @@ fn refused(status: StatusCode, body: &[u8]) -> ProviderError {
 fn encode(text: &str) -> String {
     text.bytes()
         .map(|byte| match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => char::from(byte).to_string(),
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
+                char::from(byte).to_string()
+            }
             _ => format!("%{byte:02X}"),
         })
         .collect()
@@ -231,8 +240,14 @@ mod tests {
         let provider = serve(router).await;
         provider.add(&request()).await.unwrap();
         let nodes = provider.list("l4 & more").await.unwrap();
-        assert_eq!((nodes[0].state, nodes[0].request_id.as_str()), (NodeState::Booting, "r1"));
-        assert_eq!((nodes[1].state, nodes[1].request_id.as_str()), (NodeState::Ready, ""));
+        assert_eq!(
+            (nodes[0].state, nodes[0].request_id.as_str()),
+            (NodeState::Booting, "r1")
+        );
+        assert_eq!(
+            (nodes[1].state, nodes[1].request_id.as_str()),
+            (NodeState::Ready, "")
+        );
         provider.remove("l4", "n1", "empty").await.unwrap();
         provider.remove("l4", "unknown", "empty").await.unwrap();
     }
@@ -245,18 +260,28 @@ mod tests {
         );
         let provider = serve(router).await;
         let error = provider.add(&request()).await.unwrap_err().to_string();
-        assert!(error.starts_with("the provider answered 409: quota quota") && error.len() < 400, "{error}");
-        assert!(matches!(provider.list("l4").await, Err(ProviderError::Unreadable(_))));
+        assert!(
+            error.starts_with("the provider answered 409: quota quota") && error.len() < 400,
+            "{error}"
+        );
+        assert!(matches!(
+            provider.list("l4").await,
+            Err(ProviderError::Unreadable(_))
+        ));
     }
 
     #[tokio::test]
     async fn adversarial_an_endless_answer_is_cut_off() {
         let endless = || async {
-            let chunks = futures::stream::repeat_with(|| Ok::<_, std::io::Error>(Bytes::from(vec![b'x'; 65_536])));
+            let chunks =
+                futures::stream::repeat_with(|| Ok::<_, std::io::Error>(Bytes::from(vec![b'x'; 65_536])));
             axum::body::Body::from_stream(chunks)
         };
         let provider = serve(Router::new().route("/v1/nodes", axum::routing::get(endless))).await;
-        assert!(matches!(provider.list("l4").await, Err(ProviderError::Unreadable(_))));
+        assert!(matches!(
+            provider.list("l4").await,
+            Err(ProviderError::Unreadable(_))
+        ));
     }
 
     #[test]

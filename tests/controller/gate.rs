@@ -27,10 +27,24 @@ pub async fn token(setup: &Setup, pod: &Pod, audience: &str) -> String {
     let name = pod.name_any();
     let audience = format!("--audience={audience}");
     let arguments = [
-        "-n", "ebb-system", "create", "token", "ebb-gate", &audience, "--bound-object-kind=Pod",
-        "--bound-object-name", &name, &uid,
+        "-n",
+        "ebb-system",
+        "create",
+        "token",
+        "ebb-gate",
+        &audience,
+        "--bound-object-kind=Pod",
+        "--bound-object-name",
+        &name,
+        &uid,
     ];
-    let output = setup.cluster.kubectl(&arguments).await.unwrap().success().unwrap();
+    let output = setup
+        .cluster
+        .kubectl(&arguments)
+        .await
+        .unwrap()
+        .success()
+        .unwrap();
     output.stdout.trim().to_owned()
 }
 
@@ -39,15 +53,22 @@ impl FakeGate {
     pub async fn dial(setup: &Setup, at: SocketAddr, token: &str) -> Result<FakeGate, u16> {
         let config = ebb::serve::tls::client_config(&setup.ca().await, None).unwrap();
         let name = "ebb-controller.ebb-system.svc";
-        let stream = ebb::serve::tls::dial(at, name, config, crate::setup::PATIENCE).await.unwrap();
+        let stream = ebb::serve::tls::dial(at, name, config, crate::setup::PATIENCE)
+            .await
+            .unwrap();
         let (mut sender, connection) =
-            hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
+            hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+                .await
+                .unwrap();
         tokio::spawn(connection);
         let (to, lines) = mpsc::channel::<FromGate>(16);
         let body = StreamBody::new(Box::pin(futures::stream::unfold(lines, |mut lines| async move {
             let mut line = serde_json::to_vec(&lines.recv().await?).unwrap();
             line.push(b'\n');
-            Some((Ok::<_, std::convert::Infallible>(Frame::data(Bytes::from(line))), lines))
+            Some((
+                Ok::<_, std::convert::Infallible>(Frame::data(Bytes::from(line))),
+                lines,
+            ))
         })));
         let request = http::Request::post(format!("https://{name}{PATH}"))
             .header("authorization", format!("Bearer {token}"))
@@ -90,7 +111,12 @@ impl FakeGate {
 /// The gate's pod, as its Deployment would have made it.
 pub async fn pod(setup: &Setup, name: &str, ip: &str) -> Pod {
     setup
-        .ready_pod("ebb-system", name, json!({"app.kubernetes.io/name": "ebb-gate"}), ip)
+        .ready_pod(
+            "ebb-system",
+            name,
+            json!({"app.kubernetes.io/name": "ebb-gate"}),
+            ip,
+        )
         .await
 }
 

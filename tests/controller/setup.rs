@@ -25,7 +25,10 @@ impl Setup {
         let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
         cluster.apply(&ebb::api::crds_yaml()).await.unwrap();
         for file in ["00-namespace.yaml", "10-rbac.yaml"] {
-            cluster.apply_path(&root.join("manifests").join(file)).await.unwrap();
+            cluster
+                .apply_path(&root.join("manifests").join(file))
+                .await
+                .unwrap();
         }
         let token = cluster
             .kubectl(&["-n", "ebb-system", "create", "token", "ebb-controller"])
@@ -41,12 +44,21 @@ impl Setup {
         std::fs::write(&kubeconfig, serde_yaml_ng::to_string(&config).unwrap()).unwrap();
         let client = cluster.client();
         cluster
-            .kubectl(&["wait", "--for=condition=Established", "crd", "--all", "--timeout=30s"])
+            .kubectl(&[
+                "wait",
+                "--for=condition=Established",
+                "crd",
+                "--all",
+                "--timeout=30s",
+            ])
             .await
             .unwrap()
             .success()
             .unwrap();
-        cluster.apply("{apiVersion: v1, kind: Namespace, metadata: {name: models}}").await.unwrap();
+        cluster
+            .apply("{apiVersion: v1, kind: Namespace, metadata: {name: models}}")
+            .await
+            .unwrap();
         Setup {
             cluster,
             client,
@@ -58,7 +70,15 @@ impl Setup {
     pub fn controller(&self, name: &str, ip: &str) -> Program {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ebb"));
         command
-            .args(["controller", "--namespace", "ebb-system", "--listen-ip", ip, "--pod-name", name])
+            .args([
+                "controller",
+                "--namespace",
+                "ebb-system",
+                "--listen-ip",
+                ip,
+                "--pod-name",
+                name,
+            ])
             .env("KUBECONFIG", &self.kubeconfig)
             .env("EBB_LOG", "info,ebb=debug");
         self.cluster.spawn(name, command).unwrap()
@@ -74,7 +94,10 @@ impl Setup {
     /// The CA that the controller made, as PEM.
     pub async fn ca(&self) -> String {
         let secrets: Api<Secret> = self.api("ebb-system");
-        let secret = eventually("the serving Secret", || async { secrets.get("ebb-serving").await.ok() }).await;
+        let secret = eventually("the serving Secret", || async {
+            secrets.get("ebb-serving").await.ok()
+        })
+        .await;
         String::from_utf8(secret.data.unwrap()["ca.crt"].0.clone()).unwrap()
     }
 
@@ -90,7 +113,10 @@ impl Setup {
             },
         }))
         .unwrap();
-        eventually("the ServiceAccount", || async { api.create(&PostParams::default(), &pod).await.ok() }).await;
+        eventually("the ServiceAccount", || async {
+            api.create(&PostParams::default(), &pod).await.ok()
+        })
+        .await;
         let status = json!({"status": {
             "phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}],
             "conditions": [{"type": "Ready", "status": "True"}],

@@ -9,6 +9,7 @@ pub mod bench;
 pub mod client;
 pub mod cluster;
 pub mod demo;
+pub mod ebb_install;
 pub mod group;
 pub mod model;
 pub mod node;

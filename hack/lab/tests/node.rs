@@ -1,138 +1,16 @@
 //! Stand-in nodes on a real control plane: what a person sees of a pod is what a kubelet would show.
 #![allow(clippy::unwrap_used)]
 
-use ebb_lab::cluster::{Cluster, Options as ClusterOptions};
-use ebb_lab::node::{Images, NodeSpec, Nodes, Options};
+mod support;
+
+use ebb_lab::node::NodeSpec;
 use ebb_lab::nvml_state::State;
-use k8s_openapi::api::core::v1::{Event, Node, Pod};
-use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams};
+use k8s_openapi::api::core::v1::{Event, Pod};
+use kube::api::{Api, DeleteParams, ListParams, PostParams};
 use serde_json::json;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
+use support::{Lab, PATIENCE, alive, eventually, is_ready};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-
-/// Long enough for a loaded machine; a test that waits this long has failed.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-struct Lab {
-    cluster: Cluster,
-    nodes: Nodes,
-    pods: Api<Pod>,
-}
-
-impl Lab {
-    async fn up() -> Self {
-        let cluster = Cluster::up(ClusterOptions::default()).await.unwrap();
-        let images = Images::default();
-        images.insert("lab/model:1", env!("CARGO_BIN_EXE_lab"));
-        images.insert("sh:1", "/bin/sh");
-        images.insert("kubectl:1", cluster.programs().join("kubectl"));
-        let mut options = Options::new(cluster.dir().join("lab"), images).unwrap();
-        options.lab = env!("CARGO_BIN_EXE_lab").into();
-        options.restart_backoff = Duration::from_secs(1);
-        options.volume_refresh = Duration::from_millis(300);
-        let client = ebb_lab::client::from_kubeconfig(cluster.kubeconfig())
-            .await
-            .unwrap();
-        let nodes = Nodes::start(client, options).await.unwrap();
-        let pods = Api::namespaced(cluster.client(), "default");
-        Self { cluster, nodes, pods }
-    }
-
-    async fn down(self) {
-        self.nodes.power_off().await;
-        self.cluster.down().await;
-    }
-
-    async fn pod(&self, name: &str) -> Pod {
-        self.pods.get(name).await.unwrap()
-    }
-
-    /// Waits until `seen` is true of the pod.
-    async fn wait(&self, name: &str, what: &str, seen: impl Fn(&Pod) -> bool) -> Pod {
-        let mut last = None;
-        let began = Instant::now();
-        while began.elapsed() < PATIENCE {
-            if let Some(pod) = self.pods.get_opt(name).await.unwrap() {
-                if seen(&pod) {
-                    return pod;
-                }
-                last = pod.status;
-            }
-            tokio::time::sleep(Duration::from_millis(30)).await;
-        }
-        panic!(
-            "pod {name} never was {what}; it is {}",
-            serde_json::to_string_pretty(&last).unwrap()
-        );
-    }
-
-    async fn wait_gone(&self, name: &str) {
-        eventually(&format!("pod {name} gone"), async || {
-            self.pods.get_opt(name).await.unwrap().is_none()
-        })
-        .await;
-    }
-
-    fn dir(&self, pod: &Pod) -> PathBuf {
-        let meta = &pod.metadata;
-        let (name, uid) = (meta.name.as_deref().unwrap(), meta.uid.as_deref().unwrap());
-        self.cluster
-            .dir()
-            .join("lab/pods")
-            .join(format!("default_{name}_{uid}"))
-    }
-
-    fn log(&self, pod: &Pod, container: &str) -> String {
-        std::fs::read_to_string(self.dir(pod).join(format!("{container}.log"))).unwrap_or_default()
-    }
-
-    fn pid(&self, pod: &Pod, container: &str) -> String {
-        std::fs::read_to_string(self.dir(pod).join(format!("{container}.pid")))
-            .unwrap()
-            .trim()
-            .to_owned()
-    }
-}
-
-async fn eventually(what: &str, seen: impl AsyncFn() -> bool) {
-    let began = Instant::now();
-    while !seen().await {
-        assert!(began.elapsed() < PATIENCE, "never: {what}");
-        tokio::time::sleep(Duration::from_millis(30)).await;
-    }
-}
-
-fn is_ready(pod: &Pod) -> bool {
-    let conditions = pod
-        .status
-        .as_ref()
-        .and_then(|s| s.conditions.as_deref())
-        .unwrap_or_default();
-    conditions
-        .iter()
-        .any(|c| c.type_ == "Ready" && c.status == "True")
-}
-
-fn waits(pod: &Pod, reason: &str) -> bool {
-    let containers = pod
-        .status
-        .as_ref()
-        .and_then(|s| s.container_statuses.as_deref())
-        .unwrap_or_default();
-    containers.iter().any(|c| {
-        let waiting = c.state.as_ref().and_then(|state| state.waiting.as_ref());
-        waiting.and_then(|w| w.reason.as_deref()) == Some(reason)
-    })
-}
-
-fn alive(pid: &str) -> bool {
-    // A zombie still has its folder, but runs no more.
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit(')')
-        .next()
-        .is_some_and(|rest| !rest.trim_start().starts_with('Z') && !rest.is_empty())
-}
 
 async fn http_get(host: &str, port: u16, path: &str) -> std::io::Result<String> {
     let mut stream = tokio::net::TcpStream::connect((host, port)).await?;
@@ -344,121 +222,6 @@ spec:
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn crash_of_a_container_is_a_crash_loop_and_missing_things_are_waited_for() {
-    let lab = Lab::up().await;
-    lab.nodes.add(NodeSpec::system("sys")).await.unwrap();
-    lab.cluster
-        .apply(
-            r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: crashes}
-spec:
-  containers: [{name: c, image: "sh:1", args: ["-c", "echo last words; exit 3"], terminationMessagePolicy: FallbackToLogsOnError}]
----
-apiVersion: v1
-kind: Pod
-metadata: {name: no-image}
-spec:
-  containers: [{name: c, image: "nobody/has:this"}]
----
-apiVersion: v1
-kind: Pod
-metadata: {name: no-secret-volume}
-spec:
-  terminationGracePeriodSeconds: 0
-  containers: [{name: c, image: "sh:1", args: ["-c", "exec sleep 1000"], volumeMounts: [{name: s, mountPath: /etc/secret-things}]}]
-  volumes: [{name: s, secret: {secretName: late}}]
----
-apiVersion: v1
-kind: Pod
-metadata: {name: no-secret-env}
-spec:
-  terminationGracePeriodSeconds: 0
-  containers: [{name: c, image: "sh:1", args: ["-c", "exec sleep 1000"], env: [{name: S, valueFrom: {secretKeyRef: {name: late, key: k}}}]}]
----
-apiVersion: v1
-kind: Pod
-metadata: {name: unhealthy}
-spec:
-  terminationGracePeriodSeconds: 0
-  containers:
-  - name: c
-    image: sh:1
-    args: ["-c", "exec sleep 1000"]
-    livenessProbe: {exec: {command: [sh, -c, "echo not well; exit 1"]}, periodSeconds: 1, failureThreshold: 1}
-"#,
-        )
-        .await
-        .unwrap();
-    let looping = lab
-        .wait("crashes", "in a crash loop", |pod| waits(pod, "CrashLoopBackOff"))
-        .await;
-    let status = looping.status.unwrap();
-    assert_eq!(status.phase.as_deref(), Some("Running"));
-    let container = &status.container_statuses.unwrap()[0];
-    let last = container
-        .last_state
-        .as_ref()
-        .unwrap()
-        .terminated
-        .as_ref()
-        .unwrap();
-    assert_eq!(
-        (last.exit_code, last.message.as_deref(), last.reason.as_deref()),
-        (3, Some("last words\n"), Some("Error"))
-    );
-    lab.wait("crashes", "restarted again", |pod| {
-        pod.status.as_ref().unwrap().container_statuses.as_ref().unwrap()[0].restart_count >= 2
-    })
-    .await;
-
-    lab.wait("no-image", "backing off", |pod| waits(pod, "ImagePullBackOff"))
-        .await;
-    lab.wait("no-secret-env", "told that the secret is missing", |pod| {
-        waits(pod, "CreateContainerConfigError")
-    })
-    .await;
-    let waiting = lab.pod("no-secret-volume").await;
-    assert!(waits(&waiting, "ContainerCreating"));
-    lab.cluster
-        .kubectl(&["create", "secret", "generic", "late", "--from-literal=k=v"])
-        .await
-        .unwrap()
-        .success()
-        .unwrap();
-    lab.wait("no-secret-volume", "ready", is_ready).await;
-    lab.wait("no-secret-env", "ready", is_ready).await;
-
-    lab.wait("unhealthy", "restarted by its liveness probe", |pod| {
-        let containers = pod
-            .status
-            .as_ref()
-            .and_then(|s| s.container_statuses.clone())
-            .unwrap_or_default();
-        containers.first().is_some_and(|c| c.restart_count >= 1)
-    })
-    .await;
-    let events: Api<Event> = Api::namespaced(lab.cluster.client(), "default");
-    eventually("events that say why", async || {
-        let list = events.list(&ListParams::default()).await.unwrap();
-        let has = |pod: &str, reason: &str, text: &str| {
-            list.items.iter().any(|e| {
-                e.involved_object.name.as_deref() == Some(pod)
-                    && e.reason.as_deref() == Some(reason)
-                    && e.message.as_deref().is_some_and(|m| m.contains(text))
-            })
-        };
-        has("unhealthy", "Unhealthy", "Liveness probe failed: not well")
-            && has("unhealthy", "Killing", "failed liveness probe")
-            && has("no-secret-volume", "FailedMount", "secret \"late\" not found")
-            && has("crashes", "BackOff", "Back-off restarting failed container")
-    })
-    .await;
-    lab.down().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn e2e_deletion_honours_the_grace_and_force_does_not() {
     let lab = Lab::up().await;
     lab.nodes.add(NodeSpec::system("sys")).await.unwrap();
@@ -484,7 +247,7 @@ spec:
             "polite",
             30,
             "echo term; sleep 0.5; echo bye; exit 0",
-            "echo hook >> /proc/1/../../tmp/$HOSTNAME-hook; sleep 0.3",
+            "sleep 0.3",
         ),
         stubborn("deaf", 3, "echo ignored", "true"),
         stubborn("forced", 30, "echo ignored", "true"),
@@ -533,51 +296,96 @@ spec:
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn crash_of_a_node_kills_its_processes_and_a_return_starts_over() {
+async fn e2e_sidecars_init_containers_and_full_nodes() {
     let lab = Lab::up().await;
-    let spec = NodeSpec::gpu("gpu-a", 1, 24 << 30, "NVIDIA L4");
-    lab.nodes.add(spec.clone()).await.unwrap();
-    let nodes: Api<Node> = Api::all(lab.cluster.client());
-    let published = json!({"status": {"capacity": {"ebb.dev/gpu-memory": "24Gi"}, "allocatable": {"ebb.dev/gpu-memory": "24Gi"}}});
-    nodes
-        .patch_status("gpu-a", &PatchParams::default(), &Patch::Strategic(published))
-        .await
-        .unwrap();
+    let spec = NodeSpec {
+        pods: 3,
+        ..NodeSpec::system("sys")
+    };
+    lab.nodes.add(spec).await.unwrap();
+    let phase = |pod: &Pod| {
+        pod.status
+            .as_ref()
+            .and_then(|s| s.phase.clone())
+            .unwrap_or_default()
+    };
     lab.cluster
         .apply(
             r#"
 apiVersion: v1
 kind: Pod
-metadata: {name: stays}
+metadata: {name: with-sidecar}
 spec:
-  containers: [{name: c, image: "sh:1", args: ["-c", "echo up; exec sleep 1000"]}]
+  restartPolicy: Never
+  initContainers:
+  - name: proxy
+    image: sh:1
+    restartPolicy: Always
+    args: ["-c", "trap 'echo stopped; exit 0' TERM; echo > /shared/up; while :; do sleep 0.05; done"]
+    startupProbe: {exec: {command: [sh, -c, "test -f /shared/up"]}, periodSeconds: 1}
+    volumeMounts: [{name: shared, mountPath: /shared}]
+  - {name: once, image: "sh:1", args: ["-c", "test -f /shared/up && echo after the sidecar"], volumeMounts: [{name: shared, mountPath: /shared}]}
+  containers:
+  - {name: main, image: "sh:1", args: ["-c", "sleep 1; exit 0"]}
+  volumes: [{name: shared, emptyDir: {}}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: fails-early}
+spec:
+  restartPolicy: Never
+  initContainers: [{name: once, image: "sh:1", args: ["-c", "exit 4"]}]
+  containers: [{name: main, image: "sh:1", args: ["-c", "echo never"]}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: too-long}
+spec:
+  restartPolicy: Never
+  activeDeadlineSeconds: 1
+  hostNetwork: true
+  containers: [{name: main, image: "sh:1", args: ["-c", "exec sleep 1000"]}]
 "#,
         )
         .await
         .unwrap();
-    let pod = lab.wait("stays", "ready", is_ready).await;
-    let pid = lab.pid(&pod, "c");
-    assert!(alive(&pid));
-    lab.nodes.crash("gpu-a").await.unwrap();
-    eventually("the process is dead", async || !alive(&pid)).await;
-    assert!(nodes.get_opt("gpu-a").await.unwrap().is_some());
-    assert!(is_ready(&lab.pod("stays").await), "a dead node reports nothing");
+    let sidecar = lab
+        .wait("with-sidecar", "running", |pod| phase(pod) == "Running")
+        .await;
+    let failed = lab
+        .wait("fails-early", "failed", |pod| phase(pod) == "Failed")
+        .await;
+    assert_eq!(lab.log(&failed, "main"), "");
+    let done = lab
+        .wait("with-sidecar", "completed", |pod| phase(pod) == "Succeeded")
+        .await;
+    assert_eq!(lab.log(&sidecar, "once"), "after the sidecar\n");
+    assert_eq!(lab.log(&done, "proxy"), "stopped\n");
+    let late = lab
+        .wait("too-long", "ended by its deadline", |pod| phase(pod) == "Failed")
+        .await;
+    let status = late.status.unwrap();
+    assert_eq!(status.reason.as_deref(), Some("DeadlineExceeded"));
+    assert_eq!(status.pod_ip, status.host_ip);
 
-    lab.nodes.add(spec).await.unwrap();
-    let node = nodes.get("gpu-a").await.unwrap().status.unwrap();
-    assert_eq!(node.capacity.unwrap()["ebb.dev/gpu-memory"].0, "0");
-    assert_eq!(node.allocatable.unwrap()["ebb.dev/gpu-memory"].0, "0");
-    lab.wait("stays", "running again", |pod| {
-        is_ready(pod)
-            && pod.status.as_ref().unwrap().container_statuses.as_ref().unwrap()[0].restart_count == 1
-    })
-    .await;
-
-    lab.nodes.remove("gpu-a").await.unwrap();
-    eventually("the node is gone", async || {
-        nodes.get_opt("gpu-a").await.unwrap().is_none()
-    })
-    .await;
-    assert!(lab.nodes.names().is_empty());
+    // Completed pods take no place; the scheduler is passed by, as a static assignment would.
+    for n in 0..4 {
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {"name": format!("fill-{n}")},
+            "spec": {"nodeName": "sys", "terminationGracePeriodSeconds": 0,
+                "containers": [{"name": "c", "image": "sh:1", "args": ["-c", "exec sleep 1000"]}]}
+        }))
+        .unwrap();
+        lab.pods.create(&PostParams::default(), &pod).await.unwrap();
+        lab.wait(&format!("fill-{n}"), "taken or refused", |pod| {
+            is_ready(pod) || phase(pod) == "Failed"
+        })
+        .await;
+    }
+    assert!(is_ready(&lab.pod("fill-2").await));
+    assert_eq!(
+        lab.pod("fill-3").await.status.unwrap().reason.as_deref(),
+        Some("OutOfpods")
+    );
     lab.down().await;
 }

@@ -41,7 +41,12 @@ pub fn resolve(groups: &mut Groups, seen: &[Seen], context: &Context, now: Times
                 .iter()
                 .any(|seen| seen.node.name_any() == asked.node && seen.takes_pods());
             if arrived {
-                tracing::info!(policy = name, node = asked.node, request = asked.entry.request_id, "a node has come");
+                tracing::info!(
+                    policy = name,
+                    node = asked.node,
+                    request = asked.entry.request_id,
+                    "a node has come"
+                );
                 return false;
             }
             let age = now.duration_since(asked.entry.at.0);
@@ -160,7 +165,12 @@ async fn bring(context: &Context, group: &mut Group, entry: &AskedNode) -> bool 
             group.acknowledged.insert(entry.request_id.clone());
             group.forget_listing();
             context.metrics.nodes_asked.inc();
-            tracing::info!(policy = group.name, request = entry.request_id, reason = entry.reason, "asked for a node");
+            tracing::info!(
+                policy = group.name,
+                request = entry.request_id,
+                reason = entry.reason,
+                "asked for a node"
+            );
             context.events.tell(Told {
                 regarding: events::reference(group.policy.as_ref()),
                 warning: false,

@@ -11,7 +11,9 @@ use tokio::time::Instant;
 
 use crate::api::node_policy::{AskedNode, NodePolicy, ProviderKind};
 use crate::api::units::Bytes;
+use crate::plan::nodes_wanted::Taint;
 use crate::plan::release::AtProvider;
+use crate::plan::room::GpuRoom;
 use crate::provider::http::HttpProvider;
 use crate::provider::{NodeState, Provider, ProviderError, ProviderNode};
 
@@ -32,6 +34,16 @@ pub struct Asked {
     pub node: String,
 }
 
+/// What nodes of a group really offer: less than the card's label says, and with taints that no policy mentions. Learned
+/// from those that came, since asking again for what does not help would go on for ever.
+#[derive(Clone, Debug)]
+pub struct Learned {
+    /// GPUs, each as if empty.
+    pub gpus: Vec<GpuRoom>,
+    /// Taints.
+    pub taints: Vec<Taint>,
+}
+
 /// One group.
 pub struct Group {
     /// The policy's name.
@@ -42,6 +54,8 @@ pub struct Group {
     pub asked: Vec<Asked>,
     /// What went wrong last with the provider.
     pub trouble: Option<String>,
+    /// What its nodes offer, once one was seen.
+    pub learned: Option<Learned>,
     selector: Option<Selector>,
     client: Result<Arc<HttpProvider>, String>,
     url: String,
@@ -59,6 +73,7 @@ impl Group {
             name: policy.name_any(),
             asked: Vec::new(),
             trouble: None,
+            learned: None,
             selector: None,
             client: Err(String::new()),
             url: String::new(),
@@ -111,7 +126,11 @@ impl Group {
                 entry,
             })
             .collect();
-        let ids: HashSet<&str> = self.asked.iter().map(|asked| asked.entry.request_id.as_str()).collect();
+        let ids: HashSet<&str> = self
+            .asked
+            .iter()
+            .map(|asked| asked.entry.request_id.as_str())
+            .collect();
         self.acknowledged.retain(|id| ids.contains(id.as_str()));
     }
 

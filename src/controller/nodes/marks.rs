@@ -97,6 +97,11 @@ mod tests {
         assert_eq!(restored["spec"]["taints"], json!([other]));
         assert!(restored["metadata"]["annotations"][annotations::RELEASE].is_null());
         mark.state = State::Released;
-        assert!(patch(&node(json!([ours])), Some(&mark)).unwrap().get("spec").is_none());
+        assert!(
+            patch(&node(json!([ours])), Some(&mark))
+                .unwrap()
+                .get("spec")
+                .is_none()
+        );
     }
 }

@@ -19,7 +19,7 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use self::asks::resolve;
-use self::groups::{Group, Groups};
+use self::groups::{Group, Groups, Learned};
 use super::metrics::Part;
 use super::reconcile::{Backoff, Context, Reconciler, sooner};
 use crate::api::units::Bytes;
@@ -156,6 +156,24 @@ impl Nodes {
             .collect()
     }
 
+    /// Takes from the newest node of each group what such nodes offer.
+    fn learn(&mut self, seen: &[Seen]) {
+        let mut newest: Vec<&Seen> = seen.iter().filter(|seen| seen.takes_pods()).collect();
+        newest.sort_by_key(|seen| seen.node.creation_timestamp().map(|created| created.0));
+        for seen in newest {
+            if let Some(group) = seen
+                .policy
+                .as_ref()
+                .and_then(|policy| self.groups.get_mut(policy))
+            {
+                group.learned = Some(Learned {
+                    gpus: seen.gpus.iter().map(|gpu| GpuRoom::empty(gpu.usable)).collect(),
+                    taints: rooms::taints(&seen.node),
+                });
+            }
+        }
+    }
+
     /// Where the unbound pods would go.
     fn simulate(&mut self, seen: &[Seen], pending: &[PendingPod]) -> Wanted {
         let nodes: Vec<nodes_wanted::Node> = seen.iter().map(Seen::plan).collect();
@@ -179,14 +197,24 @@ impl Nodes {
         };
         for ask in told {
             for uid in &ask.pods {
-                let note = format!("dry run of NodePolicy {}: a node would be asked for: {}", ask.group, ask.reason);
+                let note = format!(
+                    "dry run of NodePolicy {}: a node would be asked for: {}",
+                    ask.group, ask.reason
+                );
                 self.tell_pod(uid, pending, false, "WouldAskForNode", note);
             }
         }
         wanted
     }
 
-    fn tell_pod(&mut self, uid: &str, pending: &[PendingPod], warning: bool, reason: &'static str, note: String) {
+    fn tell_pod(
+        &mut self,
+        uid: &str,
+        pending: &[PendingPod],
+        warning: bool,
+        reason: &'static str,
+        note: String,
+    ) {
         if self.waits.get(uid) == Some(&note) {
             return;
         }
@@ -208,7 +236,13 @@ impl Nodes {
     }
 
     /// One step with every node of every group.
-    async fn release(&mut self, seen: &[Seen], pods: &PodsByNode, wanted: &Wanted, now: Timestamp) -> Option<Duration> {
+    async fn release(
+        &mut self,
+        seen: &[Seen],
+        pods: &PodsByNode,
+        wanted: &Wanted,
+        now: Timestamp,
+    ) -> Option<Duration> {
         let mut staying: HashMap<String, u32> = HashMap::new();
         for seen in seen {
             if let Some(policy) = &seen.policy
@@ -237,7 +271,9 @@ impl Nodes {
                 occupied: pods.occupied(&name),
                 wanted: wanted.keep.get(&name).cloned(),
                 blocked: group.and_then(|group| group.blocked(&seen.node)),
-                at_provider: group.map_or(release::AtProvider::Unknown, |group| group.at_provider(&seen.node)),
+                at_provider: group.map_or(release::AtProvider::Unknown, |group| {
+                    group.at_provider(&seen.node)
+                }),
             };
             let bounds = release::Group {
                 settle_time: group.map_or(Duration::ZERO, |group| group.policy.spec.settle_time.0),
@@ -250,7 +286,10 @@ impl Nodes {
                 dry_run: group.is_some_and(|group| group.policy.spec.dry_run),
             };
             let step = release::step(&facts, &bounds, now);
-            if let Step::Mark { state: release::State::Fenced, .. } = step
+            if let Step::Mark {
+                state: release::State::Fenced,
+                ..
+            } = step
                 && let Some(policy) = &seen.policy
                 && let Some(count) = staying.get_mut(policy)
             {
@@ -316,7 +355,12 @@ impl Nodes {
         None
     }
 
-    async fn mark(&self, seen: &Seen, mark: Option<(release::State, &str)>, now: Timestamp) -> Result<(), CallError> {
+    async fn mark(
+        &self,
+        seen: &Seen,
+        mark: Option<(release::State, &str)>,
+        now: Timestamp,
+    ) -> Result<(), CallError> {
         if !self.context.leads() {
             return Err(CallError::Conflict);
         }
@@ -331,7 +375,11 @@ impl Nodes {
     /// Asks the provider to remove a node whose mark says so already.
     async fn remove(&mut self, seen: &Seen, reason: &str, now: Timestamp) -> Result<(), String> {
         let name = seen.node.name_any();
-        let Some(group) = seen.policy.as_ref().and_then(|policy| self.groups.get_mut(policy)) else {
+        let Some(group) = seen
+            .policy
+            .as_ref()
+            .and_then(|policy| self.groups.get_mut(policy))
+        else {
             return Ok(());
         };
         if !self.context.leads() {
@@ -371,11 +419,23 @@ fn shape(group: &Group, seen: &[Seen]) -> Option<nodes_wanted::Group> {
         .filter(|seen| seen.policy.as_deref() == Some(&group.name))
         .map(|seen| seen.node.name_any())
         .collect();
-    let unseen = group.asked.iter().filter(|asked| !mine.contains(&asked.node)).count();
+    let unseen = group
+        .asked
+        .iter()
+        .filter(|asked| !mine.contains(&asked.node))
+        .count();
     Some(nodes_wanted::Group {
         name: group.name.clone(),
-        gpus: vec![GpuRoom::empty(memory); usize::try_from(spec.node.gpus).unwrap_or(0)],
+        gpus: match &group.learned {
+            Some(learned) => learned.gpus.clone(),
+            None => vec![GpuRoom::empty(memory); usize::try_from(spec.node.gpus).unwrap_or(0)],
+        },
         labels: spec.node.labels.clone(),
+        taints: group
+            .learned
+            .as_ref()
+            .map(|learned| learned.taints.clone())
+            .unwrap_or_default(),
         booting: u32::try_from(group.asked.len()).unwrap_or(u32::MAX),
         nodes: u32::try_from(mine.len() + unseen).unwrap_or(u32::MAX),
         max_nodes: spec.max_nodes,
@@ -402,6 +462,7 @@ impl Reconciler for Nodes {
         let listing = self.groups.list(busy).await;
         let mut changes = resolve(&mut self.groups, &seen, &self.context, now);
 
+        self.learn(&seen);
         let pending: Vec<PendingPod> = all.iter().filter_map(|pod| rooms::pending(pod)).collect();
         let wanted = self.simulate(&seen, &pending);
         self.unplaceable.set(&wanted.never);
@@ -416,7 +477,11 @@ impl Reconciler for Nodes {
 
         // Asking first: it is what somebody waits for.
         for ask in &wanted.ask {
-            changes.new.entry(ask.group.clone()).or_default().push(ask.clone());
+            changes
+                .new
+                .entry(ask.group.clone())
+                .or_default()
+                .push(ask.clone());
         }
         let failed = self.ask(changes, &seen, &pending, now).await;
         let steps = self.release(&seen, &pods, &wanted, now).await;

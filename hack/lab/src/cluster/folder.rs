@@ -36,20 +36,29 @@ impl Folder {
             .keep();
         let lock = File::create(new.join(LOCK)).context("making the folder's lock")?;
         lock.try_lock().context("locking the folder")?;
-        if keep {
-            File::create(new.join(KEEP)).context("marking the folder to be kept")?;
-        }
         let name = new
             .file_name()
             .and_then(|name| name.to_str())
             .unwrap_or(NEW_PREFIX);
         let path = parent.join(name.trim_start_matches('.'));
         std::fs::rename(&new, &path).with_context(|| format!("naming {}", path.display()))?;
-        Ok(Self {
+        let mut folder = Self {
             path,
-            keep,
+            keep: false,
             _lock: lock,
-        })
+        };
+        if keep {
+            folder.keep();
+        }
+        Ok(folder)
+    }
+
+    /// Leaves it where it is when its owner ends, and out of every later sweep.
+    pub fn keep(&mut self) {
+        self.keep = true;
+        if let Err(error) = File::create(self.path.join(KEEP)) {
+            tracing::warn!(path = %self.path.display(), %error, "could not mark the folder to be kept");
+        }
     }
 
     /// Where it is.

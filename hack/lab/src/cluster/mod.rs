@@ -187,6 +187,13 @@ impl Cluster {
         &self.dir
     }
 
+    /// Keeps that folder when the cluster ends: something went wrong, and its logs say what.
+    pub fn keep_dir(&mut self) {
+        if let Some(folder) = &mut self.folder {
+            folder.keep();
+        }
+    }
+
     /// The folder with the control plane's programs, kubectl among them.
     #[must_use]
     pub fn programs(&self) -> &Path {

@@ -1,6 +1,7 @@
 //! The note that a cluster runs, for `hack/enter`, which finds it from outside
 //! of the cluster's namespaces.
 
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -27,7 +28,12 @@ impl Record {
             return Ok(None);
         };
         let records = Path::new(&records);
-        std::fs::create_dir_all(records).with_context(|| format!("making {}", records.display()))?;
+        // In /tmp it lies among other people's.
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(records)
+            .with_context(|| format!("making {}", records.display()))?;
         let path = records.join(format!("{pid}.json"));
         let temporary = records.join(format!(".{pid}.json"));
         let record = json!({

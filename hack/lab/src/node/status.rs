@@ -134,7 +134,11 @@ pub fn phase(spec: &PodSpec, view: &PodView) -> &'static str {
         // A pod that is deleted before it ran ends as failed, as nothing of it succeeded.
         return if view.ended { "Failed" } else { "Pending" };
     }
-    if runs > 0 {
+    let mut sidecars = init
+        .iter()
+        .zip(&view.init)
+        .filter(|(container, _)| is_sidecar(container));
+    if runs > 0 || sidecars.any(|(_, status)| running(status)) {
         return "Running";
     }
     let all_succeeded = stopped_codes.iter().all(|code| *code == 0);

@@ -120,7 +120,8 @@ async fn orders(cx: &PodContext, known: &mut watch::Receiver<Known>, main: &watc
     loop {
         let order = {
             let now = known.borrow_and_update();
-            if now.gone {
+            // A deletion with no grace shows for a moment as an object that is being deleted.
+            if now.gone || now.pod.metadata.deletion_grace_period_seconds == Some(0) {
                 Some(Order::Kill)
             } else if now.pod.metadata.deletion_timestamp.is_some() {
                 let grace = now.pod.metadata.deletion_grace_period_seconds.unwrap_or(30);
