@@ -25,31 +25,13 @@ pub fn crds_yaml() -> String {
     .iter()
     .map(|crd| {
         let mut crd = serde_json::to_value(crd).expect("a CRD made from Rust types is always JSON");
-<<<<<<< HEAD
-        drop_unsigned_formats(&mut crd);
-        let yaml = serde_yaml_ng::to_string(&crd).expect("JSON is always YAML");
-=======
         drop_foreign_formats(&mut crd);
         let yaml = serde_yaml_ng::to_string(&crd).expect("what is JSON is always YAML");
->>>>>>> webhook
         format!("---\n{yaml}")
     })
     .collect()
 }
 
-<<<<<<< HEAD
-/// Takes `format: uint32` and its like out: Kubernetes knows only signed formats and warns about others. The bounds
-/// stand beside them as `minimum` and `maximum`.
-fn drop_unsigned_formats(value: &mut serde_json::Value) {
-    match value {
-        serde_json::Value::Object(map) => {
-            map.retain(|key, value| {
-                !(key == "format" && value.as_str().is_some_and(|f| f.starts_with("uint")))
-            });
-            map.values_mut().for_each(drop_unsigned_formats);
-        }
-        serde_json::Value::Array(list) => list.iter_mut().for_each(drop_unsigned_formats),
-=======
 /// Kubernetes knows no unsigned formats, and says so in a warning at every apply; the bounds are in `minimum`.
 fn drop_foreign_formats(value: &mut serde_json::Value) {
     match value {
@@ -64,7 +46,6 @@ fn drop_foreign_formats(value: &mut serde_json::Value) {
             map.values_mut().for_each(drop_foreign_formats);
         }
         serde_json::Value::Array(list) => list.iter_mut().for_each(drop_foreign_formats),
->>>>>>> webhook
         _ => {}
     }
 }

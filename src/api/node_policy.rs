@@ -13,12 +13,8 @@ use super::duration::Span;
     group = "ebb.dev",
     version = "v1alpha1",
     kind = "NodePolicy",
-<<<<<<< HEAD
-    status = "NodePolicyStatus",
-=======
     doc = "A group of nodes that one provider object adds and removes, and when Ebb may release or ask for one.",
-    status = "PolicyStatus",
->>>>>>> webhook
+    status = "NodePolicyStatus",
     shortname = "np",
     category = "ebb",
     printcolumn = r#"{"name":"Provider","type":"string","jsonPath":".spec.provider.kind"}"#,
@@ -71,12 +67,7 @@ pub struct Provider {
     /// The provider's kind.
     pub kind: ProviderKind,
     /// Base URL of the `http` provider, as `http://nodes.example:8080`.
-<<<<<<< HEAD
     #[schemars(length(max = 2048), regex(pattern = "^https?://"))]
-=======
-    #[serde(default)]
-    #[schemars(length(max = 2048), regex(pattern = "^(https?://.+)?$"))]
->>>>>>> webhook
     pub url: String,
     /// Name of the group at the provider.
     #[schemars(length(min = 1, max = 253))]
