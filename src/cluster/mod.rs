@@ -1,9 +1,9 @@
 //! Kubernetes objects in and out of `plan`'s types: reflectors and writes.
 
-pub mod ledger_feed;
 pub mod call;
 pub mod client;
 pub mod events;
+pub mod ledger_feed;
 pub mod rooms;
 pub mod scale;
 pub mod slices;

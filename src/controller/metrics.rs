@@ -13,8 +13,6 @@ pub enum Part {
     Workloads,
     /// Services and their slices.
     Services,
-    /// Policies and the workloads that they select.
-    Policies,
     /// Nodes: release, ask.
     Nodes,
 }

@@ -19,7 +19,6 @@ mod headless;
 mod link;
 mod metrics;
 mod nodes;
-//POLICIES mod policies;
 mod reach;
 mod reconcile;
 mod services;
@@ -46,11 +45,15 @@ use self::tokens::Tokens;
 use crate::api::names;
 use crate::cluster::client;
 use crate::cluster::events::Events;
-use crate::cluster::view::{Hooks, View};
+use crate::cluster::ledger_feed;
+use crate::cluster::view::View;
+use crate::extender::{self, Extender};
 use crate::serve::certificates::Certificates;
+use crate::serve::forward::Forwarder;
 use crate::serve::health::{self, Readiness};
 use crate::serve::lease::{self, Holder, LeaderState, Leadership};
 use crate::serve::{ca_bundle, https};
+use crate::webhook;
 
 /// Arguments of the process.
 #[derive(Debug, clap::Args)]
@@ -82,6 +85,11 @@ pub struct Args {
 /// stop taking connections.
 const LINGER: Duration = Duration::from_secs(2);
 
+/// kube-scheduler waits 5 s for an answer; a leader that does not answer sooner is not asked longer.
+const FORWARD_LIMIT: Duration = Duration::from_secs(3);
+/// Largest answer of the leader's extender that is passed on: 5,000 refused nodes with their reasons fit.
+const FORWARD_MAX_ANSWER: usize = 4 << 20;
+
 /// Runs until `shutdown` is cancelled, then finishes what it holds.
 ///
 /// # Errors
@@ -107,12 +115,8 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
         return Ok(());
     };
     tokio::spawn(ca_bundle::keep(client.clone(), certificates.ca(), end.clone()));
-    let view = started(
-        "view",
-        View::start(client.clone(), Hooks::default(), end.clone()),
-        &shutdown,
-    )
-    .await?;
+    let (ledger, hooks) = ledger_feed::feed();
+    let view = started("view", View::start(client.clone(), hooks, end.clone()), &shutdown).await?;
     let Some(view) = view else {
         return Ok(());
     };
@@ -148,6 +152,56 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
         certificates.server(),
         link,
         limits,
+        end.clone(),
+    ));
+    let runtime_class = started(
+        "runtime classes",
+        webhook::runtime_class::follow(client.clone(), end.clone()),
+        &shutdown,
+    )
+    .await?;
+    let Some(runtime_class) = runtime_class else {
+        return Ok(());
+    };
+    let admission = webhook::router(webhook::Context {
+        view: view.clone(),
+        namespace: args.namespace.clone(),
+        runtime_class,
+        metrics: webhook::Metrics::new(&mut registry),
+    });
+    let listener = listen(&args, args.webhook_port, "admission").await?;
+    servers.spawn(https::serve_https(
+        listener,
+        certificates.server(),
+        admission,
+        https::Limits::default(),
+        end.clone(),
+    ));
+    tokio::spawn(webhook::ownership::keep(
+        client.clone(),
+        leadership.clone(),
+        end.clone(),
+    ));
+    let extender = extender::router(Arc::new(Extender {
+        client: client.clone(),
+        view: view.clone(),
+        ledger,
+        leadership: leadership.clone(),
+        forwarder: Forwarder::new(
+            certificates.client(),
+            format!("{}.{}.svc", names::CONTROLLER, args.namespace),
+            FORWARD_LIMIT,
+            FORWARD_MAX_ANSWER,
+        ),
+        port: args.extender_port,
+        started: Instant::now(),
+    }));
+    let listener = listen(&args, args.extender_port, "kube-scheduler").await?;
+    servers.spawn(https::serve_https(
+        listener,
+        certificates.mutual_server(),
+        extender,
+        https::Limits::default(),
         end.clone(),
     ));
     let registry = Arc::new(registry);
@@ -216,6 +270,14 @@ async fn lead(context: Context, shutdown: &CancellationToken) {
             since: Instant::now(),
             ..context.clone()
         };
+        if let Some(term) = context.leadership.term_now()
+            && let Err(error) = extender::on_leading(&context.client, &context.view, term).await
+        {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "pods refused while nobody led wait for the next Node event"
+            );
+        }
         let mut reconcilers = reconcilers(&context, &stop);
         tokio::select! {
             _ = state.wait_for(|state| !leading(state)) => {}
@@ -258,11 +320,5 @@ fn reconcilers(context: &Context, stop: &CancellationToken) -> JoinSet<()> {
         vec![view.changed.clone()],
         stop.clone(),
     ));
-    /*POLICIES running.spawn(drive(
-        policies::Policies::new(context.clone()),
-        metrics.clone(),
-        vec![view.changed.clone()],
-        stop.clone(),
-    ));*/
     running
 }
