@@ -7,10 +7,11 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::ResourceExt;
 
+use super::ledger_feed::reservation;
 use super::view::View;
 use crate::api::gpu_request;
-use crate::api::units::Bytes;
-use crate::api::{annotations, names};
+use crate::api::names;
+use crate::plan::ledger::{Ledger, Reservation};
 use crate::plan::nodes_wanted::{PendingPod, Taint, Toleration};
 use crate::plan::room::GpuRoom;
 
@@ -88,9 +89,26 @@ pub fn offers_gpu_memory(node: &Node) -> bool {
         .is_some_and(|quantity| quantity.0 != "0")
 }
 
-/// The node's healthy GPUs with what bound pods leave of them; empty until its agent has told and is well.
+/// Pods that the scheduler is about to bind, by UID: the ledger expects them, the API server does not know yet.
 #[must_use]
-pub fn gpus(view: &View, node: &str, pods: &PodsByNode, now: Timestamp) -> Vec<GpuRoom> {
+pub fn expected(ledger: &Ledger) -> HashMap<String, Reservation> {
+    ledger
+        .nodes()
+        .flat_map(|node| ledger.pods_on(node))
+        .filter(|(uid, _)| !ledger.is_bound(uid))
+        .map(|(uid, reservation)| (uid.to_string(), reservation.clone()))
+        .collect()
+}
+
+/// The node's healthy GPUs with what bound and expected pods leave of them; empty until its agent has told and is well.
+#[must_use]
+pub fn gpus(
+    view: &View,
+    node: &str,
+    pods: &PodsByNode,
+    expected: &HashMap<String, Reservation>,
+    now: Timestamp,
+) -> Vec<GpuRoom> {
     let Some(status) = view
         .gpu_nodes
         .get("", node)
@@ -111,30 +129,26 @@ pub fn gpus(view: &View, node: &str, pods: &PodsByNode, now: Timestamp) -> Vec<G
         .filter(|gpu| gpu.healthy)
         .map(|gpu| (gpu.uuid.as_str(), GpuRoom::empty(gpu.usable())))
         .collect();
-    for pod in pods.on(node) {
-        if leaves_soon(pod, now) {
-            continue;
-        }
-        reserve(&mut rooms, pod);
+    let bound = pods.on(node).iter().filter(|pod| !leaves_soon(pod, now));
+    for reservation in bound.filter_map(|pod| reservation(pod)) {
+        reserve(&mut rooms, &reservation);
+    }
+    for reservation in expected
+        .values()
+        .filter(|reservation| reservation.node.as_str() == node)
+    {
+        reserve(&mut rooms, reservation);
     }
     rooms.into_values().collect()
 }
 
-fn reserve(rooms: &mut BTreeMap<&str, GpuRoom>, pod: &Pod) {
-    let (Some(devices), Some(bytes)) = (
-        pod.annotations().get(annotations::GPU_DEVICES),
-        pod.annotations().get(annotations::GPU_MEMORY_BYTES),
-    ) else {
-        return;
-    };
-    let bytes: Bytes = bytes.parse().unwrap_or(Bytes::MAX);
-    let exclusive = pod.annotations().get(annotations::SHARING).map(String::as_str) == Some("exclusive");
-    for device in devices.split(',') {
-        let uuid = device.rsplit('=').next().unwrap_or(device).trim();
-        if let Some(room) = rooms.get_mut(uuid) {
+fn reserve(rooms: &mut BTreeMap<&str, GpuRoom>, reservation: &Reservation) {
+    for (uuid, room) in rooms.iter_mut() {
+        // A pod of unknown GPUs may be on any of them.
+        if reservation.gpus.is_empty() || reservation.gpus.iter().any(|gpu| gpu.as_str() == *uuid) {
             room.empty = false;
-            room.exclusive |= exclusive;
-            room.free = room.free.saturating_sub(bytes);
+            room.exclusive |= reservation.exclusive;
+            room.free = room.free.saturating_sub(reservation.bytes_per_gpu);
         }
     }
 }
@@ -215,6 +229,7 @@ pub fn pending(pod: &Pod) -> Option<PendingPod> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::api::units::Bytes;
     use serde_json::json;
 
     fn pod(extra: serde_json::Value) -> Arc<Pod> {
@@ -245,22 +260,25 @@ mod tests {
     }
 
     #[test]
-    fn reservations_are_read_from_the_binding() {
+    fn reservations_take_from_the_gpus_they_name_or_from_all() {
         let mut rooms = BTreeMap::from([
             ("GPU-a", GpuRoom::empty(Bytes(100))),
             ("GPU-b", GpuRoom::empty(Bytes(100))),
         ]);
-        let bound = pod(json!({"metadata": {"annotations": {
-            annotations::GPU_DEVICES: "runtime.nvidia.com/gpu=GPU-a,runtime.nvidia.com/gpu=GPU-b",
-            annotations::GPU_MEMORY_BYTES: "60",
-        }}}));
-        reserve(&mut rooms, &bound);
-        reserve(
-            &mut rooms,
-            &pod(json!({"metadata": {"annotations": {
-                annotations::GPU_DEVICES: "GPU-b", annotations::GPU_MEMORY_BYTES: "60",
-            }}})),
+        let mut reservation = Reservation {
+            pod: "models/p".to_owned(),
+            node: "n1".into(),
+            gpus: vec!["GPU-a".into()],
+            bytes_per_gpu: Bytes(60),
+            exclusive: false,
+        };
+        reserve(&mut rooms, &reservation);
+        assert_eq!(
+            (rooms["GPU-a"].free, rooms["GPU-b"].free),
+            (Bytes(40), Bytes(100))
         );
-        assert_eq!((rooms["GPU-a"].free, rooms["GPU-b"].free), (Bytes(40), Bytes(0)));
+        reservation.gpus.clear();
+        reserve(&mut rooms, &reservation);
+        assert_eq!((rooms["GPU-a"].free, rooms["GPU-b"].free), (Bytes(0), Bytes(40)));
     }
 }

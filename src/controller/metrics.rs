@@ -13,6 +13,8 @@ pub enum Part {
     Workloads,
     /// Services and their slices.
     Services,
+    /// Policies and the workloads that they select.
+    Policies,
     /// Nodes: release, ask.
     Nodes,
 }

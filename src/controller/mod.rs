@@ -19,6 +19,7 @@ mod headless;
 mod link;
 mod metrics;
 mod nodes;
+mod policies;
 mod reach;
 mod reconcile;
 mod services;
@@ -30,6 +31,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use axum::Router;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
@@ -98,28 +100,30 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
     let lease_metrics = lease::Metrics::new(&mut registry);
-    let readiness = Readiness::waiting("starting");
     // Watches, writers and servers end only after the Lease is given back, not with the signal.
     let end = CancellationToken::new();
     let _end = end.clone().drop_guard();
 
     let client = client::connect().await?;
-    let health = SocketAddr::new(args.listen_ip, args.health_port);
-    let certificates = started(
-        "certificates",
-        Certificates::start(client.clone(), &args.namespace, end.clone()),
-        &shutdown,
-    )
-    .await?;
-    let Some(certificates) = certificates else {
-        return Ok(());
+    let (ledger, hooks) = ledger_feed::feed();
+    let starting = async {
+        let certificates = Certificates::start(client.clone(), &args.namespace, end.clone())
+            .await
+            .context("cannot start: certificates")?;
+        let view = View::start(client.clone(), hooks, end.clone())
+            .await
+            .context("cannot start: the view of the cluster")?;
+        let runtime_class = webhook::runtime_class::follow(client.clone(), end.clone())
+            .await
+            .context("cannot start: runtime classes")?;
+        let listeners = Listeners::bind(&args).await?;
+        anyhow::Ok((certificates, view, runtime_class, listeners))
+    };
+    let (certificates, view, runtime_class, listeners) = tokio::select! {
+        started = starting => started?,
+        () = shutdown.cancelled() => return Ok(()),
     };
     tokio::spawn(ca_bundle::keep(client.clone(), certificates.ca(), end.clone()));
-    let (ledger, hooks) = ledger_feed::feed();
-    let view = started("view", View::start(client.clone(), hooks, end.clone()), &shutdown).await?;
-    let Some(view) = view else {
-        return Ok(());
-    };
     let events = Events::start(client.clone(), args.pod_name.clone(), end.clone());
     let me = Holder {
         pod: args.pod_name.clone(),
@@ -134,96 +138,49 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
         lease_metrics,
         stop_leading.clone(),
     );
-
-    let mut servers = JoinSet::new();
-    let gates = Gates::default();
-    let link = link::router(Arc::new(LinkServer {
-        gates: gates.clone(),
-        tokens: Tokens::new(client.clone(), &args.namespace),
-        leadership: leadership.clone(),
-        port: args.link_port,
-        metrics: metrics.clone(),
-        shutdown: end.clone(),
-    }));
-    let listener = listen(&args, args.link_port, "the gates").await?;
-    let limits = https::Limits::default();
-    servers.spawn(https::serve_https(
-        listener,
-        certificates.server(),
-        link,
-        limits,
-        end.clone(),
-    ));
-    let runtime_class = started(
-        "runtime classes",
-        webhook::runtime_class::follow(client.clone(), end.clone()),
-        &shutdown,
-    )
-    .await?;
-    let Some(runtime_class) = runtime_class else {
-        return Ok(());
-    };
-    let admission = webhook::router(webhook::Context {
-        view: view.clone(),
-        namespace: args.namespace.clone(),
-        runtime_class,
-        metrics: webhook::Metrics::new(&mut registry),
-    });
-    let listener = listen(&args, args.webhook_port, "admission").await?;
-    servers.spawn(https::serve_https(
-        listener,
-        certificates.server(),
-        admission,
-        https::Limits::default(),
-        end.clone(),
-    ));
     tokio::spawn(webhook::ownership::keep(
         client.clone(),
         leadership.clone(),
         end.clone(),
     ));
-    let extender = extender::router(Arc::new(Extender {
-        client: client.clone(),
-        view: view.clone(),
+    let context = Context {
+        client,
+        view,
+        gates: Gates::default(),
+        events,
+        leadership,
+        metrics,
+        namespace: args.namespace.clone().into(),
         ledger,
-        leadership: leadership.clone(),
-        forwarder: Forwarder::new(
-            certificates.client(),
-            format!("{}.{}.svc", names::CONTROLLER, args.namespace),
-            FORWARD_LIMIT,
-            FORWARD_MAX_ANSWER,
-        ),
-        port: args.extender_port,
-        started: Instant::now(),
-    }));
-    let listener = listen(&args, args.extender_port, "kube-scheduler").await?;
-    servers.spawn(https::serve_https(
-        listener,
-        certificates.mutual_server(),
-        extender,
-        https::Limits::default(),
+        began: Instant::now(),
+        since: Instant::now(),
+    };
+    let routers = Routers {
+        webhook: webhook::router(webhook::Context {
+            view: context.view.clone(),
+            namespace: args.namespace.clone(),
+            runtime_class,
+            metrics: webhook::Metrics::new(&mut registry),
+        }),
+        extender: extender_router(&args, &context, &certificates),
+        link: link_router(&args, &context, &end),
+    };
+    let readiness = Readiness::waiting("starting");
+    let mut servers = serve(listeners, routers, &certificates, &end);
+    let health = health::serve(
+        SocketAddr::new(args.listen_ip, args.health_port),
+        readiness.clone(),
+        Arc::new(registry),
         end.clone(),
-    ));
-    let registry = Arc::new(registry);
-    let (told, stop) = (readiness.clone(), end.clone());
+    );
     servers.spawn(async move {
-        if let Err(error) = health::serve(health, told, registry, stop).await {
+        if let Err(error) = health.await {
             tracing::error!(error = format!("{error:#}"), "health and metrics are not served");
         }
     });
     readiness.ready();
     tracing::info!(ip = %args.listen_ip, "serving");
 
-    let context = Context {
-        client,
-        view,
-        gates,
-        events,
-        leadership,
-        metrics,
-        namespace: args.namespace.clone().into(),
-        since: Instant::now(),
-    };
     lead(context, &shutdown).await;
 
     readiness.not_ready("stopping");
@@ -235,23 +192,81 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
     Ok(())
 }
 
-/// Waits for a part to start, unless the process is told to stop meanwhile: then `None`.
-async fn started<T>(
-    part: &str,
-    start: impl Future<Output = anyhow::Result<T>>,
-    shutdown: &CancellationToken,
-) -> anyhow::Result<Option<T>> {
-    tokio::select! {
-        result = start => Ok(Some(result.with_context(|| format!("cannot start: {part}"))?)),
-        () = shutdown.cancelled() => Ok(None),
+/// The ports, listened on before this replica stands for election.
+struct Listeners {
+    webhook: TcpListener,
+    extender: TcpListener,
+    link: TcpListener,
+}
+
+impl Listeners {
+    async fn bind(args: &Args) -> anyhow::Result<Self> {
+        let listen = async |port: u16, whom: &str| {
+            let address = SocketAddr::new(args.listen_ip, port);
+            TcpListener::bind(address)
+                .await
+                .with_context(|| format!("cannot listen on {address} for {whom}"))
+        };
+        Ok(Self {
+            webhook: listen(args.webhook_port, "admission").await?,
+            extender: listen(args.extender_port, "kube-scheduler").await?,
+            link: listen(args.link_port, "the gates").await?,
+        })
     }
 }
 
-async fn listen(args: &Args, port: u16, whom: &str) -> anyhow::Result<TcpListener> {
-    let address = SocketAddr::new(args.listen_ip, port);
-    TcpListener::bind(address)
-        .await
-        .with_context(|| format!("cannot listen on {address} for {whom}"))
+/// What is served on them.
+struct Routers {
+    webhook: Router,
+    extender: Router,
+    link: Router,
+}
+
+fn extender_router(args: &Args, context: &Context, certificates: &Certificates) -> Router {
+    let service = format!("{}.{}.svc", names::CONTROLLER, args.namespace);
+    extender::router(Arc::new(Extender {
+        client: context.client.clone(),
+        view: context.view.clone(),
+        ledger: context.ledger.clone(),
+        leadership: context.leadership.clone(),
+        forwarder: Forwarder::new(certificates.client(), service, FORWARD_LIMIT, FORWARD_MAX_ANSWER),
+        port: args.extender_port,
+        started: context.began,
+    }))
+}
+
+fn link_router(args: &Args, context: &Context, end: &CancellationToken) -> Router {
+    link::router(Arc::new(LinkServer {
+        gates: context.gates.clone(),
+        tokens: Tokens::new(context.client.clone(), &args.namespace),
+        leadership: context.leadership.clone(),
+        port: args.link_port,
+        metrics: context.metrics.clone(),
+        shutdown: end.clone(),
+    }))
+}
+
+fn serve(
+    listeners: Listeners,
+    routers: Routers,
+    certificates: &Certificates,
+    end: &CancellationToken,
+) -> JoinSet<()> {
+    let mut servers = JoinSet::new();
+    for (listener, tls, router) in [
+        (listeners.webhook, certificates.server(), routers.webhook),
+        (listeners.extender, certificates.mutual_server(), routers.extender),
+        (listeners.link, certificates.server(), routers.link),
+    ] {
+        servers.spawn(https::serve_https(
+            listener,
+            tls,
+            router,
+            https::Limits::default(),
+            end.clone(),
+        ));
+    }
+    servers
 }
 
 /// Reconciles whenever this process leads, until `shutdown`.
@@ -270,15 +285,8 @@ async fn lead(context: Context, shutdown: &CancellationToken) {
             since: Instant::now(),
             ..context.clone()
         };
-        if let Some(term) = context.leadership.term_now()
-            && let Err(error) = extender::on_leading(&context.client, &context.view, term).await
-        {
-            tracing::warn!(
-                error = format!("{error:#}"),
-                "pods refused while nobody led wait for the next Node event"
-            );
-        }
         let mut reconcilers = reconcilers(&context, &stop);
+        reconcilers.spawn(wake_scheduler(context.clone(), stop.clone()));
         tokio::select! {
             _ = state.wait_for(|state| !leading(state)) => {}
             () = shutdown.cancelled() => {}
@@ -291,6 +299,25 @@ async fn lead(context: Context, shutdown: &CancellationToken) {
         stop.cancel();
         while reconcilers.join_next().await.is_some() {}
     }
+}
+
+/// Has the scheduler try again what it was refused while nobody led; then waits for the end like the reconcilers.
+async fn wake_scheduler(context: Context, stop: CancellationToken) {
+    let mut pause = Duration::from_millis(100);
+    while let Some(term) = context.leadership.term_now() {
+        match extender::on_leading(&context.client, &context.view, term).await {
+            Ok(()) => break,
+            Err(error) => tracing::warn!(
+                error = format!("{error:#}"),
+                "cannot cause a Node event; trying again"
+            ),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => pause = (pause * 2).min(Duration::from_secs(10)),
+            () = stop.cancelled() => return,
+        }
+    }
+    stop.cancelled().await;
 }
 
 fn reconcilers(context: &Context, stop: &CancellationToken) -> JoinSet<()> {
@@ -316,6 +343,12 @@ fn reconcilers(context: &Context, stop: &CancellationToken) -> JoinSet<()> {
     ));
     running.spawn(drive(
         nodes::Nodes::new(context.clone(), unplaceable),
+        metrics.clone(),
+        vec![view.changed.clone()],
+        stop.clone(),
+    ));
+    running.spawn(drive(
+        policies::Policies::new(context.clone()),
         metrics.clone(),
         vec![view.changed.clone()],
         stop.clone(),

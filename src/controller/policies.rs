@@ -47,7 +47,10 @@ struct Candidate {
 impl Candidate {
     fn new(kind: WorkloadKind, object: &impl ResourceExt, template: Option<&PodTemplateSpec>) -> Self {
         let asks = template.is_some_and(|template| {
-            let annotations = template.metadata.as_ref().and_then(|meta| meta.annotations.as_ref());
+            let annotations = template
+                .metadata
+                .as_ref()
+                .and_then(|meta| meta.annotations.as_ref());
             let spec = template.spec.as_ref();
             spec.is_some_and(|spec| matches!(gpu_request(spec, annotations), Ok(Some(_))))
         });
@@ -111,7 +114,9 @@ fn look<'a>(
         spec: &policy.spec,
     });
     let now = &candidate.annotations;
-    let opted_out = now.get(annotations::MANAGED).is_some_and(|value| value == "false");
+    let opted_out = now
+        .get(annotations::MANAGED)
+        .is_some_and(|value| value == "false");
     let policy = if candidate.asks && !opted_out {
         select::policy(all, namespace_labels, &candidate.labels)
     } else {
@@ -141,7 +146,9 @@ impl Reconciler for Policies {
         let mut due = Vec::new();
         for candidate in self.candidates() {
             let namespace = view.namespaces.get("", &candidate.reference.namespace);
-            let labels = namespace.map(|namespace| namespace.labels().clone()).unwrap_or_default();
+            let labels = namespace
+                .map(|namespace| namespace.labels().clone())
+                .unwrap_or_default();
             let (policy, differs) = look(&candidate, &labels, &policies);
             if let Some(policy) = policy {
                 *selected.entry(policy).or_default() += 1;
@@ -166,7 +173,9 @@ impl Reconciler for Policies {
             // Also after success: until the view shows it, and should the webhook think otherwise, no hurry.
             self.backoff.failed(&workload.to_string());
             match result {
-                Ok(()) => tracing::info!(%workload, "touched, so that its annotations say what its policy says"),
+                Ok(()) => {
+                    tracing::info!(%workload, "touched, so that its annotations say what its policy says")
+                }
                 Err(CallError::Conflict | CallError::Gone) => {}
                 Err(error) => {
                     tracing::warn!(%workload, %error, "cannot touch a workload; trying again");
@@ -193,11 +202,7 @@ async fn touch(context: &Context, candidate: &Candidate) -> Result<(), CallError
     if !context.leads() {
         return Err(CallError::Conflict);
     }
-    // The list of what Ebb wrote is its own: the webhook makes it anew.
-    let patch = Patch::Merge(json!({"metadata": {
-        "resourceVersion": candidate.resource_version,
-        "annotations": {annotations::POLICY: null},
-    }}));
+    let patch = Patch::Merge(json!({"metadata": {"resourceVersion": candidate.resource_version}}));
     let params = PatchParams {
         field_manager: Some(names::CONTROLLER.to_owned()),
         ..PatchParams::default()

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::gates::Gates;
 use super::metrics::{Metrics, Part, PartLabel};
 use crate::cluster::events::Events;
+use crate::cluster::ledger_feed::SharedLedger;
 use crate::cluster::view::View;
 use crate::serve::lease::Leadership;
 
@@ -34,6 +35,10 @@ pub struct Context {
     pub metrics: Metrics,
     /// Ebb's own namespace.
     pub namespace: Arc<str>,
+    /// Who has how much of which GPU.
+    pub ledger: SharedLedger,
+    /// Zero of the ledger's clock.
+    pub began: Instant,
     /// When this process began to lead.
     pub since: Instant,
 }

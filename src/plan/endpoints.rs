@@ -207,7 +207,8 @@ mod tests {
                     }
                 }
                 Targets::Pods { pods, .. } => {
-                    prop_assert!(!live && !(settling && listed));
+                    prop_assert!(!live);
+                    prop_assert!(!settling || !listed);
                     prop_assert_eq!(pods.len(), ready.len());
                 }
                 Targets::Nobody => prop_assert!(!live && !listed && ready.is_empty()),

@@ -26,6 +26,7 @@ use crate::api::units::Bytes;
 use crate::cluster::call::CallError;
 use crate::cluster::events::{self, Told};
 use crate::cluster::rooms::{self, PodsByNode};
+use crate::plan::ledger::Reservation;
 use crate::plan::nodes_wanted::{self, PendingPod, Standing, Wanted};
 use crate::plan::release::{self, Step};
 use crate::plan::room::GpuRoom;
@@ -71,6 +72,18 @@ impl Unplaceable {
             self.changed.send_modify(|n| *n += 1);
         }
     }
+}
+
+/// Pods that the scheduler is about to bind, by UID.
+type Expected = HashMap<String, Reservation>;
+
+fn about_to_come(expected: &Expected, node: &str) -> Option<String> {
+    let mut coming = expected
+        .values()
+        .filter(|reservation| reservation.node.as_str() == node);
+    coming
+        .next()
+        .map(|reservation| format!("pod {}", reservation.pod))
 }
 
 /// Releases nodes and asks for them.
@@ -139,7 +152,7 @@ impl Nodes {
         }
     }
 
-    fn look(&self, pods: &PodsByNode, now: Timestamp) -> Vec<Seen> {
+    fn look(&self, pods: &PodsByNode, expected: &Expected, now: Timestamp) -> Vec<Seen> {
         let view = &self.context.view;
         let mut nodes = view.nodes.all();
         nodes.sort_by_key(|node| node.name_any());
@@ -150,10 +163,18 @@ impl Nodes {
                 policy: self.groups.of(&node).map(str::to_owned),
                 mark: marks::read(&node),
                 ready: rooms::is_ready(&node),
-                gpus: rooms::gpus(view, &node.name_any(), pods, now),
+                gpus: rooms::gpus(view, &node.name_any(), pods, expected, now),
                 node,
             })
             .collect()
+    }
+
+    /// What the ledger expects, without what it has waited for too long.
+    fn expected(&self) -> Expected {
+        let now = u64::try_from(self.context.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let mut ledger = self.context.ledger.write();
+        ledger.lapse(now);
+        rooms::expected(&ledger)
     }
 
     /// Takes from the newest node of each group what such nodes offer.
@@ -240,6 +261,7 @@ impl Nodes {
         &mut self,
         seen: &[Seen],
         pods: &PodsByNode,
+        expected: &Expected,
         wanted: &Wanted,
         now: Timestamp,
     ) -> Option<Duration> {
@@ -268,7 +290,7 @@ impl Nodes {
                 tainted,
                 selected: group.is_some(),
                 ready: seen.ready,
-                occupied: pods.occupied(&name),
+                occupied: pods.occupied(&name).or_else(|| about_to_come(expected, &name)),
                 wanted: wanted.keep.get(&name).cloned(),
                 blocked: group.and_then(|group| group.blocked(&seen.node)),
                 at_provider: group.map_or(release::AtProvider::Unknown, |group| {
@@ -452,7 +474,8 @@ impl Reconciler for Nodes {
         self.groups.refresh(&view.node_policies.all());
         let all = view.pods.all();
         let pods = PodsByNode::new(&all);
-        let seen = self.look(&pods, now);
+        let expected = self.expected();
+        let seen = self.look(&pods, &expected, now);
         let busy = seen.iter().any(|seen| {
             matches!(
                 seen.mark.as_ref().map(|mark| mark.state),
@@ -463,7 +486,12 @@ impl Reconciler for Nodes {
         let mut changes = resolve(&mut self.groups, &seen, &self.context, now);
 
         self.learn(&seen);
-        let pending: Vec<PendingPod> = all.iter().filter_map(|pod| rooms::pending(pod)).collect();
+        let pending: Vec<PendingPod> = all
+            .iter()
+            .filter_map(|pod| rooms::pending(pod))
+            // Those that the scheduler is about to bind have their place.
+            .filter(|pod| !expected.contains_key(&pod.uid))
+            .collect();
         let wanted = self.simulate(&seen, &pending);
         self.unplaceable.set(&wanted.never);
         let uids: HashSet<&str> = pending.iter().map(|pod| pod.uid.as_str()).collect();
@@ -484,7 +512,7 @@ impl Reconciler for Nodes {
                 .push(ask.clone());
         }
         let failed = self.ask(changes, &seen, &pending, now).await;
-        let steps = self.release(&seen, &pods, &wanted, now).await;
+        let steps = self.release(&seen, &pods, &expected, &wanted, now).await;
         self.backoff.forget_old();
         let waits = (listing || failed).then_some(LOOK_AGAIN);
         sooner(sooner(steps, self.backoff.next()), waits)
