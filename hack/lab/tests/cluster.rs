@@ -46,6 +46,18 @@ fn runs(what: &str) -> bool {
     command_lines().iter().any(|line| line.contains(what))
 }
 
+<<<<<<< HEAD
+=======
+fn children_of_this_process() -> Vec<String> {
+    std::fs::read_dir("/proc/self/task")
+        .unwrap()
+        .flatten()
+        .filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok())
+        .flat_map(|children| children.split_whitespace().map(String::from).collect::<Vec<_>>())
+        .collect()
+}
+
+>>>>>>> demo
 /// What one GET of a path gives to a client without rights of its own.
 async fn get_as(cluster: &Cluster, token: Option<String>) -> Result<String, kube::Error> {
     let mut config = Config::new(API_SERVER.parse().unwrap());
@@ -162,24 +174,19 @@ endpoints: [{addresses: [10.77.3.4], conditions: {ready: true}}]
     }
     answer.expect("what was granted is allowed");
 
-    assert!(runs(dir.to_str().unwrap()));
     cluster.down().await;
-    // Each of its programs has the folder on its command line.
-    assert!(!runs(dir.to_str().unwrap()), "{:?}", command_lines());
+    assert_eq!(children_of_this_process(), Vec::<String>::new());
+    assert!(!runs("kube-apiserver") && !runs("etcd"));
     assert!(!dir.exists(), "{} is still there", dir.display());
 }
 
 #[tokio::test]
 async fn programs_are_killed_restarted_and_ended_with_the_cluster() {
     let cluster = Cluster::up(Options::default()).await.unwrap();
-    // What is sent to a ClusterIP that no Service has is dropped.
-    let other = TcpStream::connect("10.96.7.7:80");
-    let other = tokio::time::timeout(Duration::from_millis(500), other).await;
     assert!(
-        !matches!(other, Ok(Ok(_))),
+        TcpStream::connect("10.96.7.7:80").await.is_err(),
         "a Service of another cluster has stayed"
     );
-    let dir = cluster.dir().to_owned();
     let mut command = Command::new("bash");
     command.args(["-c", "echo begun; sleep 3141"]);
     let program = cluster.spawn("sleeper", command).unwrap();
@@ -221,8 +228,7 @@ async fn programs_are_killed_restarted_and_ended_with_the_cluster() {
 
     drop(cluster);
     assert!(program.ended().is_some());
-    assert!(!runs("sleep 3141"), "{:?}", command_lines());
-    assert!(!runs(dir.to_str().unwrap()), "{:?}", command_lines());
+    assert_eq!(children_of_this_process(), Vec::<String>::new());
 }
 
 #[tokio::test]
@@ -298,11 +304,18 @@ fn crash_nothing_outlives_an_isolate_whatever_signal_ends_it() {
 /// Where `lab up` in an isolate says that it runs.
 fn record(runtime_dir: &Path) -> Option<PathBuf> {
     let records = std::fs::read_dir(runtime_dir).ok()?.flatten().next()?;
+<<<<<<< HEAD
     let files = std::fs::read_dir(records.path()).ok()?.flatten();
     files.map(|file| file.path()).find(|path| {
         path.extension()
             .is_some_and(|extension| extension == "json")
     })
+=======
+    let mut files = std::fs::read_dir(records.path()).ok()?.flatten();
+    files
+        .map(|file| file.path())
+        .find(|path| path.extension().is_some_and(|extension| extension == "json"))
+>>>>>>> demo
 }
 
 fn enter(runtime_dir: &Path, command: &[&str]) -> std::process::Output {
