@@ -15,11 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 fn hack(script: &str) -> Command {
-    Command::new(
-        Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("..")
-            .join(script),
-    )
+    Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(script))
 }
 
 /// Waits until `done`; a busy machine gets its time.
@@ -46,8 +42,6 @@ fn runs(what: &str) -> bool {
     command_lines().iter().any(|line| line.contains(what))
 }
 
-<<<<<<< HEAD
-=======
 fn children_of_this_process() -> Vec<String> {
     std::fs::read_dir("/proc/self/task")
         .unwrap()
@@ -57,7 +51,6 @@ fn children_of_this_process() -> Vec<String> {
         .collect()
 }
 
->>>>>>> demo
 /// What one GET of a path gives to a client without rights of its own.
 async fn get_as(cluster: &Cluster, token: Option<String>) -> Result<String, kube::Error> {
     let mut config = Config::new(API_SERVER.parse().unwrap());
@@ -66,10 +59,7 @@ async fn get_as(cluster: &Cluster, token: Option<String>) -> Result<String, kube
     let request = http::Request::get("/api/v1/namespaces/default/pods")
         .body(Vec::new())
         .unwrap();
-    Client::try_from(config)
-        .unwrap()
-        .request_text(request)
-        .await
+    Client::try_from(config).unwrap().request_text(request).await
 }
 
 fn is_forbidden(answer: &Result<String, kube::Error>) -> bool {
@@ -133,11 +123,7 @@ endpoints: [{addresses: [10.77.3.4], conditions: {ready: true}}]
         .unwrap()
         .success()
         .unwrap();
-    let wait = [
-        "wait",
-        "--for=condition=PodScheduled=false",
-        "--timeout=60s",
-    ];
+    let wait = ["wait", "--for=condition=PodScheduled=false", "--timeout=60s"];
     cluster
         .kubectl(&[&wait[..], &["pod", "-l", "app=idle"]].concat())
         .await
@@ -193,11 +179,7 @@ async fn programs_are_killed_restarted_and_ended_with_the_cluster() {
     let log = program.log().to_owned();
     let begun = |times: usize| {
         eventually("the program has begun", || {
-            std::fs::read_to_string(&log)
-                .unwrap()
-                .matches("begun")
-                .count()
-                == times
+            std::fs::read_to_string(&log).unwrap().matches("begun").count() == times
         });
     };
     begun(1);
@@ -304,18 +286,10 @@ fn crash_nothing_outlives_an_isolate_whatever_signal_ends_it() {
 /// Where `lab up` in an isolate says that it runs.
 fn record(runtime_dir: &Path) -> Option<PathBuf> {
     let records = std::fs::read_dir(runtime_dir).ok()?.flatten().next()?;
-<<<<<<< HEAD
-    let files = std::fs::read_dir(records.path()).ok()?.flatten();
-    files.map(|file| file.path()).find(|path| {
-        path.extension()
-            .is_some_and(|extension| extension == "json")
-    })
-=======
     let mut files = std::fs::read_dir(records.path()).ok()?.flatten();
     files
         .map(|file| file.path())
         .find(|path| path.extension().is_some_and(|extension| extension == "json"))
->>>>>>> demo
 }
 
 fn enter(runtime_dir: &Path, command: &[&str]) -> std::process::Output {
@@ -367,9 +341,7 @@ fn crash_parallel_labs_do_not_see_each_other_and_leave_nothing() {
     eventually("all is gone", || !runs(dir));
     // Its record is stale now, and says so to nobody.
     let output = enter(dirs[1], &["true"]);
-    assert!(
-        !output.status.success() && String::from_utf8_lossy(&output.stderr).contains("no lab runs")
-    );
+    assert!(!output.status.success() && String::from_utf8_lossy(&output.stderr).contains("no lab runs"));
     assert!(record(dirs[1]).is_none());
     // No lab is left to sweep its folder in this test.
     std::fs::remove_dir_all(dir).unwrap();
