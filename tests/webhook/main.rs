@@ -63,16 +63,6 @@ fn annotated(manifest: &str, annotations: &str) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn admission_on_a_real_api_server() {
     let ebb = installation::Installation::up().await;
-    if std::env::var("EBB_PAUSE").is_ok() {
-        println!("KUBECONFIG={}", ebb.cluster.kubeconfig().display());
-        let script = std::env::var("EBB_PAUSE").unwrap();
-        let out = std::process::Command::new("bash")
-            .arg(script)
-            .env("KUBECONFIG", ebb.cluster.kubeconfig())
-            .status();
-        println!("{out:?}");
-        return;
-    }
     workloads::created_asleep(&ebb).await;
     workloads::own_values(&ebb).await;
     workloads::opting_out_and_in(&ebb).await;

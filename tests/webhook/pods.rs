@@ -92,6 +92,16 @@ scheduling: {tolerations: [{key: gpu, operator: Exists}]}
     })
     .await;
     ebb.ok(&["delete", "runtimeclass", "nvidia"], "").await;
+    within("it is known to be gone", async || {
+        ebb.run(
+            &["create", "--dry-run=server", "-f", "-"],
+            &pod("class").to_string(),
+        )
+        .await
+        .status
+        .success()
+    })
+    .await;
 }
 
 pub async fn refused(ebb: &Installation) {

@@ -306,12 +306,12 @@ kind: NodePolicy
 metadata: {name: bad}
 spec:
   nodeSelector: {matchLabels: {pool: gpu}}
-  provider: {kind: http, url: 'https://', group: g}
+  provider: {kind: http, url: 'https://nodes:1/?a=b', group: g}
   node: {gpus: 1, gpuMemory: 24Gi}
 ";
     ebb.refused(&["create", "-f", "-"], node, "needs the base URL")
         .await;
-    let node = node.replace("https://", "https://nodes:1");
+    let node = node.replace("/?a=b", "");
     ebb.refused(
         &["create", "-f", "-"],
         &node.replace("24Gi", "'0'"),

@@ -20,6 +20,9 @@ pub mod service;
 pub mod values;
 pub mod workload;
 
+#[cfg(test)]
+mod tests;
+
 use serde_json::Value;
 
 pub use patch::Operation;
