@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use ebb_lab::cluster::{Cluster, Options, Program, Signal};
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Pod, Secret};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use kube::api::{ListParams, Patch, PatchParams};
+use kube::api::{ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -23,10 +23,12 @@ use tokio::time::timeout;
 const SOON: Duration = Duration::from_secs(60);
 const PORT: u16 = 20_001;
 const GATES: [&str; 2] = ["10.77.5.1", "10.77.5.2"];
+const CONTROLLER_IP: &str = "10.77.5.9";
 const POD_IP: &str = "10.77.6.1";
 const GET: &str = "GET /v1/models HTTP/1.1\r\nhost: m.models\r\nconnection: close\r\n\r\n";
 
-const RIGHTS: &str = include_str!("gate/rights.yaml");
+const NAMESPACE: &str = include_str!("../manifests/00-namespace.yaml");
+const RIGHTS: &str = include_str!("../manifests/10-rbac.yaml");
 const MODEL: &str = include_str!("gate/model.yaml");
 
 struct Lab {
@@ -35,18 +37,84 @@ struct Lab {
 }
 
 impl Lab {
+    /// A control plane and the two gates.
     async fn up() -> Lab {
+        Lab::with_gates(Lab::control_plane().await, &["--controller", "10.77.5.99:9445"]).await
+    }
+
+    /// The same with a controller that puts the model to sleep after a second.
+    async fn with_controller() -> Lab {
+        let cluster = Lab::control_plane().await;
+        let idle = [
+            "annotate",
+            "-n",
+            "models",
+            "deployment/m",
+            "ebb.dev/idle-after=1s",
+            "--overwrite",
+        ];
+        cluster.kubectl(&idle).await.unwrap().success().unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ebb"));
+        command
+            .args([
+                "controller",
+                "--listen-ip",
+                CONTROLLER_IP,
+                "--pod-name",
+                "ebb-controller-0",
+            ])
+            .env("KUBECONFIG", kubeconfig(&cluster, "ebb-controller").await);
+        cluster.spawn("controller", command).unwrap();
+        for (number, ip) in GATES.iter().enumerate() {
+            gate_pod(&cluster, &format!("ebb-gate-{number}"), ip).await;
+        }
+        let secrets: Api<Secret> = Api::namespaced(cluster.client(), "ebb-system");
+        let ca = eventually("the controller has made its CA", || async {
+            secrets.get("ebb-serving").await.ok()?.data?.remove("ca.crt")
+        })
+        .await;
+        let (ca_file, token_file) = (cluster.dir().join("ca.crt"), cluster.dir().join("gate.token"));
+        std::fs::write(&ca_file, ca.0).unwrap();
+        std::fs::write(
+            &token_file,
+            token(&cluster, "ebb-gate", &["--audience=ebb"]).await,
+        )
+        .unwrap();
+        let arguments = [
+            format!("--controller={CONTROLLER_IP}:9445"),
+            format!("--ca-file={}", ca_file.display()),
+            format!("--token-file={}", token_file.display()),
+        ];
+        Lab::with_gates(cluster, &arguments.each_ref().map(String::as_str)).await
+    }
+
+    async fn control_plane() -> Cluster {
         let cluster = Cluster::up(Options::default()).await.unwrap();
-        cluster.apply(RIGHTS).await.unwrap();
-        cluster.apply(MODEL).await.unwrap();
-        let kubeconfig = gate_kubeconfig(&cluster).await;
+        cluster.apply(&ebb::api::crds_yaml()).await.unwrap();
+        let established = [
+            "wait",
+            "--for=condition=Established",
+            "crd",
+            "--all",
+            "--timeout=60s",
+        ];
+        cluster.kubectl(&established).await.unwrap().success().unwrap();
+        for manifests in [NAMESPACE, RIGHTS, MODEL] {
+            cluster.apply(manifests).await.unwrap();
+        }
+        cluster
+    }
+
+    async fn with_gates(cluster: Cluster, arguments: &[&str]) -> Lab {
+        let kubeconfig = kubeconfig(&cluster, "ebb-gate").await;
         let gates: Vec<Program> = GATES
             .iter()
             .enumerate()
             .map(|(number, ip)| {
                 let mut command = Command::new(env!("CARGO_BIN_EXE_ebb"));
                 command
-                    .args(["gate", "--controller", "10.77.5.99:9445", "--settle", "200ms"])
+                    .args(["gate", "--settle=200ms"])
+                    .args(arguments)
                     .env("KUBECONFIG", &kubeconfig)
                     .env("POD_IP", ip)
                     .env("POD_NAME", format!("ebb-gate-{number}"));
@@ -141,19 +209,45 @@ impl Lab {
     }
 }
 
-/// A kubeconfig with the rights of the gates' ServiceAccount and no others.
-async fn gate_kubeconfig(cluster: &Cluster) -> std::path::PathBuf {
-    let token = cluster
-        .kubectl(&["create", "token", "ebb-gate", "-n", "ebb-system"])
+/// What a kubelet would say of a gate: the controller counts only gates that are pods.
+async fn gate_pod(cluster: &Cluster, name: &str, ip: &str) {
+    let pods: Api<Pod> = Api::namespaced(cluster.client(), "ebb-system");
+    let pod = serde_json::from_value(json!({
+        "metadata": {"name": name, "labels": {"app.kubernetes.io/name": "ebb-gate"}},
+        "spec": {
+            "nodeName": "somewhere",
+            "serviceAccountName": "ebb-gate",
+            "containers": [{"name": "gate", "image": "ebb:dev"}],
+        },
+    }))
+    .unwrap();
+    pods.create(&PostParams::default(), &pod).await.unwrap();
+    let status = json!({"status": {
+        "phase": "Running",
+        "podIP": ip,
+        "podIPs": [{"ip": ip}],
+        "conditions": [{"type": "Ready", "status": "True"}],
+    }});
+    pods.patch_status(name, &PatchParams::default(), &Patch::Merge(status))
         .await
-        .unwrap()
-        .success()
-        .unwrap()
-        .stdout;
+        .unwrap();
+}
+
+/// A token of a ServiceAccount of Ebb's.
+async fn token(cluster: &Cluster, account: &str, flags: &[&str]) -> String {
+    let mut arguments = vec!["create", "token", account, "-n", "ebb-system"];
+    arguments.extend_from_slice(flags);
+    let output = cluster.kubectl(&arguments).await.unwrap().success().unwrap();
+    output.stdout.trim().to_owned()
+}
+
+/// A kubeconfig with the rights of a ServiceAccount of Ebb's and no others.
+async fn kubeconfig(cluster: &Cluster, account: &str) -> std::path::PathBuf {
     let admin = std::fs::read_to_string(cluster.kubeconfig()).unwrap();
     let mut config: serde_yaml_ng::Value = serde_yaml_ng::from_str(&admin).unwrap();
-    config["users"][0]["user"] = serde_yaml_ng::to_value(json!({"token": token.trim()})).unwrap();
-    let path = cluster.dir().join("gate.kubeconfig");
+    let user = json!({"token": token(cluster, account, &[]).await});
+    config["users"][0]["user"] = serde_yaml_ng::to_value(user).unwrap();
+    let path = cluster.dir().join(format!("{account}.kubeconfig"));
     std::fs::write(&path, serde_yaml_ng::to_string(&config).unwrap()).unwrap();
     path
 }
@@ -278,8 +372,9 @@ async fn race_a_hundred_requests_at_two_gates_are_one_wake() {
 
     // A person who takes the right to scale away is told by the answer.
     lab.scale(0).await;
+    let no_scale = r#"{"rules": [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get"]}]}"#;
     lab.cluster
-        .kubectl(&["delete", "clusterrole", "ebb-gate-scale"])
+        .kubectl(&["patch", "clusterrole", "ebb-gate", "--type=merge", "-p", no_scale])
         .await
         .unwrap()
         .success()
@@ -350,5 +445,35 @@ async fn gates_that_stop_leave_the_model_reachable_and_cut_nothing() {
         .unwrap();
     assert!(rest.contains("last") && rest.ends_with("0\r\n\r\n"), "{rest}");
     assert!(timeout(SOON, lab.gates[1].wait()).await.unwrap().success());
+    model.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_controller_puts_to_sleep_what_no_gate_needs_and_nothing_else() {
+    let lab = Lab::with_controller().await;
+    let go = Arc::new(tokio::sync::Notify::new());
+    let model = tokio::spawn(serve_model(go.clone()));
+    let streaming = tokio::spawn(exchange(
+        gate(1),
+        "GET /stream HTTP/1.1\r\nhost: m\r\nconnection: close\r\n\r\n",
+    ));
+    lab.scaled_to(1).await;
+    lab.place_pod(true).await;
+    // Open for much longer than the second after which the model may sleep.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert_eq!(
+        lab.model().await.spec.unwrap().replicas,
+        Some(1),
+        "a stream is open"
+    );
+    go.notify_one();
+    let answer = timeout(SOON, streaming).await.unwrap().unwrap().unwrap();
+    assert!(answer.contains("first") && answer.contains("last"), "{answer}");
+    lab.scaled_to(0).await;
+    let request = tokio::spawn(exchange(gate(0), GET));
+    lab.scaled_to(1).await;
+    lab.place_pod(true).await;
+    let answer = timeout(SOON, request).await.unwrap().unwrap().unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     model.abort();
 }

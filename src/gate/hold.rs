@@ -223,13 +223,13 @@ impl Door {
         }
     }
 
-    /// The last look before a sleep; see [`Line::hold`]. `known`: the time of the last activity that the one who asks
-    /// has been told of, in this gate's milliseconds.
-    pub fn hold(self: &Arc<Self>, id: u64, for_ms: u64, known: Option<u64>) -> Option<String> {
+    /// The last look before a sleep; see [`Line::hold`]. `known`: how much activity the one who asks has been told of,
+    /// as [`Door::activity`] counts it.
+    pub fn hold(self: &Arc<Self>, id: u64, for_ms: u64, known: u64) -> Option<String> {
         let now = self.now();
         let busy = {
             let mut state = self.state.lock();
-            if state.line.last_activity() > known {
+            if state.line.activities() > known {
                 Some("a request came that was not reported yet".to_owned())
             } else {
                 state.line.hold(id, now.saturating_add(for_ms))
@@ -247,8 +247,8 @@ impl Door {
         }
     }
 
-    /// What the controller is told, and the time of the last activity by this gate's clock.
-    pub fn activity(&self) -> (Activity, Option<u64>) {
+    /// What the controller is told, and a count that grows with every activity.
+    pub fn activity(&self) -> (Activity, u64) {
         let now = self.now();
         let state = self.state.lock();
         let last = state.line.last_activity();
@@ -258,7 +258,7 @@ impl Door {
             queued: state.line.queued(),
             idle_ms: last.map(|last| now.saturating_sub(last)),
         };
-        (activity, last)
+        (activity, state.line.activities())
     }
 
     /// Requests that wait.

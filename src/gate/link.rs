@@ -37,6 +37,8 @@ const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
 /// Longest time for each step of a dial, and for the other end to take a line.
 const STEP_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest wait for the other end to end the exchange, too.
+const GOODBYE: Duration = Duration::from_millis(300);
 /// Most workloads in one line, so that it stays far below the longest that the other end takes.
 const PER_LINE: usize = 2_000;
 
@@ -89,10 +91,7 @@ pub async fn run(gate: Arc<Gate>, listeners: Arc<Listeners>, config: Config, end
             told: HashMap::new(),
             told_ports: Vec::new(),
         };
-        let ended = tokio::select! {
-            () = ends.done.cancelled() => return,
-            ended = session.run(&to) => ended,
-        };
+        let ended = session.run(&to).await;
         gate.metrics.link_up.set(0);
         match ended {
             Ok(Ended::Done) => return,
@@ -141,8 +140,8 @@ struct Session<'a> {
     listeners: &'a Listeners,
     config: &'a Config,
     ends: &'a Ends,
-    /// What the leader was told last, and the activity that was the newest then.
-    told: HashMap<WorkloadRef, (u32, u32, Option<u64>)>,
+    /// What the leader was told last, and how much activity there had been then.
+    told: HashMap<WorkloadRef, (u32, u32, u64)>,
     told_ports: Vec<u16>,
 }
 
@@ -156,7 +155,10 @@ impl Session<'_> {
             ip: self.config.ip,
         };
         send(&lines, &hello).await?;
-        let response = dial(self.config, to, ReceiverStream::new(body)).await?;
+        let response = tokio::select! {
+            () = self.ends.done.cancelled() => return Ok(Ended::Done),
+            response = dial(self.config, to, ReceiverStream::new(body)) => response?,
+        };
         if response.status() == StatusCode::MISDIRECTED_REQUEST {
             let body = timeout(STEP_TIMEOUT, Limited::new(response.into_body(), 4096).collect()).await?;
             let body = body
@@ -186,7 +188,12 @@ impl Session<'_> {
         let mut told_stopping = false;
         loop {
             tokio::select! {
-                () = self.ends.done.cancelled() => return Ok(Ended::Done),
+                () = self.ends.done.cancelled() => {
+                    // An end in order: the last line, and then the other end's.
+                    drop(lines);
+                    let _ = timeout(GOODBYE, async { while let Some(Ok(_)) = answer.frame().await {} }).await;
+                    return Ok(Ended::Done);
+                }
                 () = self.ends.stopping.cancelled(), if !told_stopping => {
                     told_stopping = true;
                     send(&lines, &FromGate::Stopping).await?;
@@ -216,8 +223,8 @@ impl Session<'_> {
     async fn report(&mut self, lines: &Lines, always: bool) -> anyhow::Result<bool> {
         let mut changed: Vec<Activity> = Vec::new();
         for door in self.gate.doors() {
-            let (activity, last) = door.activity();
-            let now = (activity.in_flight, activity.queued, last);
+            let (activity, count) = door.activity();
+            let now = (activity.in_flight, activity.queued, count);
             if self.told.get(&activity.workload) != Some(&now) {
                 self.told.insert(activity.workload.clone(), now);
                 changed.push(activity);
@@ -246,7 +253,7 @@ impl Session<'_> {
     async fn hear(&mut self, lines: &Lines, message: ToGate) -> anyhow::Result<()> {
         match message {
             ToGate::Hold { id, workload, for_ms } => {
-                let known = self.told.get(&workload).and_then(|(_, _, last)| *last);
+                let known = self.told.get(&workload).map_or(0, |(_, _, count)| *count);
                 let busy = self.gate.door(&workload).hold(id, for_ms, known);
                 tracing::debug!(%workload, id, busy, "last look before a sleep");
                 send(lines, &FromGate::Held { id, busy }).await

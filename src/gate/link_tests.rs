@@ -58,6 +58,22 @@ impl Seat {
         timeout(SOON, self.heard.recv()).await.unwrap().unwrap()
     }
 
+    /// Waits for a report that a workload is quiet now, having been called.
+    async fn told_quiet(&mut self) {
+        let quiet = async {
+            loop {
+                if let FromGate::Report { workloads, .. } = self.hear().await
+                    && workloads
+                        .iter()
+                        .any(|w| w.in_flight == 0 && w.queued == 0 && w.idle_ms.is_some())
+                {
+                    return;
+                }
+            }
+        };
+        timeout(SOON, quiet).await.expect("the end is reported");
+    }
+
     /// The next line that is no report.
     async fn answer(&mut self) -> FromGate {
         loop {
@@ -265,13 +281,7 @@ async fn the_last_look_and_what_follows() {
     ));
     drop(in_flight);
     // Reported as ended, so that the next look finds nothing new.
-    loop {
-        if let FromGate::Report { workloads, .. } = seat.hear().await
-            && workloads.iter().any(|w| w.in_flight == 0 && w.idle_ms.is_some())
-        {
-            break;
-        }
-    }
+    seat.told_quiet().await;
 
     // Quiet: from the answer on, requests wait.
     seat.say.send(hold(2, 60_000)).unwrap();
@@ -285,13 +295,7 @@ async fn the_last_look_and_what_follows() {
     drop((verdict, held));
 
     // A wake that cannot succeed.
-    loop {
-        if let FromGate::Report { workloads, .. } = seat.hear().await
-            && workloads.iter().any(|w| w.in_flight == 0 && w.queued == 0)
-        {
-            break;
-        }
-    }
+    seat.told_quiet().await;
     seat.say.send(hold(3, 60_000)).unwrap();
     assert_eq!(seat.answer().await, FromGate::Held { id: 3, busy: None });
     let Entered::Wait(mut held) = arrive(&linked.gate) else {
@@ -331,7 +335,7 @@ async fn a_request_that_was_not_reported_yet_is_busy() {
     seat.hear().await;
     // It came and went since the last report: the leader decided without knowing of it.
     drop(arrive(&linked.gate));
-    let busy = linked.gate.door(&workload()).hold(9, 60_000, None);
+    let busy = linked.gate.door(&workload()).hold(9, 60_000, 0);
     assert!(busy.unwrap().contains("not reported yet"));
 }
 

@@ -67,6 +67,9 @@ const SWEEP: Duration = Duration::from_secs(2);
 /// Longest time that leaving the slices may take.
 const LEAVE_LIMIT: Duration = Duration::from_secs(10);
 
+/// Longest wait for the link to end in order.
+const GOODBYE: Duration = Duration::from_secs(1);
+
 /// Arguments of the process.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -153,7 +156,7 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
     );
     tokio::spawn(until(done.clone(), table));
     tokio::spawn(until(done.clone(), sweep(gate.clone())));
-    tokio::spawn(link::run(
+    let link = tokio::spawn(link::run(
         gate.clone(),
         listeners,
         link::Config {
@@ -195,6 +198,8 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
             "cutting what is still open"
         );
     }
+    done.cancel();
+    let _ = tokio::time::timeout(GOODBYE, link).await;
     Ok(())
 }
 

@@ -10,7 +10,7 @@ use ebb_lab::demo::failure;
 use ebb_lab::demo::observe::{Observer, is_ready};
 use ebb_lab::demo::timeline::Timeline;
 use ebb_lab::demo::traffic::{self, Tally};
-use ebb_lab::ebb_install::{MODELS, Plan, SAMPLE_MODELS, SAMPLE_POLICIES, Site};
+use ebb_lab::ebb_install::{MODELS, Plan, SAMPLE_MODELS, SAMPLE_SCALE_POLICY, Site};
 
 /// Longest wait for one thing.
 pub const STEP: Duration = Duration::from_secs(60);
@@ -50,7 +50,9 @@ pub fn on_a_site(test: impl for<'a> FnOnce(Stage<'a>) -> Scenario<'a>) {
         }
         site.nodes.power_off().await;
         drop(site);
-        done.unwrap();
+        if let Err(error) = done {
+            panic!("{error:#}");
+        }
     });
 }
 
@@ -64,17 +66,15 @@ impl<'a> Stage<'a> {
         self.timeline.chapter(attack);
     }
 
-    /// Ebb, and policies under which nothing sleeps or is released by itself: scenarios say what happens.
+    /// Ebb, and a policy under which nothing sleeps by itself; no node is released: scenarios say what happens.
     pub async fn install(&self) -> anyhow::Result<()> {
         self.site.install_ebb().await?;
-        let still = SAMPLE_POLICIES
-            .replace("idleAfter: 6s", "idleAfter: 1h")
-            .replace("settleTime: 3s", "settleTime: 1h");
+        let still = SAMPLE_SCALE_POLICY.replace("idleAfter: 6s", "idleAfter: 1h");
         ensure!(
-            still != SAMPLE_POLICIES,
-            "the sample policies have other times than this test knows"
+            still != SAMPLE_SCALE_POLICY,
+            "the sample policy has another time than this test knows"
         );
-        self.site.apply_policies(&still).await?;
+        self.site.apply_policy(&still).await?;
         self.site.apply(SAMPLE_MODELS).await.map(drop)
     }
 

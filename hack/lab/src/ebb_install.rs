@@ -28,8 +28,10 @@ pub const EBB: &str = "ebb-system";
 pub const MODELS: &str = "models";
 /// Three models: plain Deployments and Services.
 pub const SAMPLE_MODELS: &str = include_str!("../samples/models.yaml");
-/// A ScalePolicy for them and a NodePolicy for the node group.
-pub const SAMPLE_POLICIES: &str = include_str!("../samples/policies.yaml");
+/// A ScalePolicy for them.
+pub const SAMPLE_SCALE_POLICY: &str = include_str!("../samples/scale-policy.yaml");
+/// A NodePolicy for the node group. An empty node goes soon after this is applied.
+pub const SAMPLE_NODE_POLICY: &str = include_str!("../samples/node-policy.yaml");
 /// The image of the scheduler in the manifests.
 const SCHEDULER_IMAGE: &str = "registry.k8s.io/kube-scheduler:v1.36.3";
 /// Where the node group's API listens, as the sample NodePolicy says.
@@ -318,15 +320,15 @@ impl Site {
         Ok(requests.map(str::to_owned).collect())
     }
 
-    /// Applies policies, and waits until Ebb has taken them up.
+    /// Applies a policy, and waits until Ebb has taken it up.
     ///
     /// # Errors
-    /// When they are refused or not taken up.
-    pub async fn apply_policies(&self, yaml: &str) -> anyhow::Result<()> {
+    /// When it is refused or not taken up.
+    pub async fn apply_policy(&self, yaml: &str) -> anyhow::Result<()> {
         self.apply(yaml).await?;
         let ready = ["wait", "--for=condition=Ready", "--timeout=30s", "-f", "-"];
         let output = self.kubectl_with(&ready, yaml).await?.success();
-        output.context("Ebb did not take the policies up").map(drop)
+        output.context("Ebb did not take the policy up").map(drop)
     }
 
     /// Waits until connections to an address are taken.

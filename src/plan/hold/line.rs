@@ -30,6 +30,7 @@ pub struct Line {
     next_ticket: u64,
     in_flight: u32,
     last_activity: Option<u64>,
+    activities: u64,
     holds: BTreeMap<u64, u64>,
     wake_asked: bool,
     wake_started: Option<u64>,
@@ -57,6 +58,7 @@ impl Line {
             next_ticket: 0,
             in_flight: 0,
             last_activity: None,
+            activities: 0,
             holds: BTreeMap::new(),
             wake_asked: false,
             wake_started: None,
@@ -114,7 +116,7 @@ impl Line {
 
     /// A request arrives.
     pub fn arrive(&mut self, target: &Target, bytes: Bytes, now: u64) -> Arrival {
-        self.last_activity = Some(now);
+        self.touch(now);
         let ticket = Ticket(self.next_ticket);
         self.next_ticket += 1;
         // Nobody overtakes those who wait already.
@@ -141,6 +143,11 @@ impl Line {
         }
         self.insert(ticket, target.clone(), bytes);
         Arrival::Wait(ticket)
+    }
+
+    fn touch(&mut self, now: u64) {
+        self.last_activity = Some(now);
+        self.activities += 1;
     }
 
     /// More of a waiting request was read. `false`: there is no room for it; leave the rest unread.
@@ -171,14 +178,14 @@ impl Line {
     /// A waiting request is given up by its client or its time is over.
     pub fn leave(&mut self, ticket: Ticket, now: u64) {
         if self.remove(ticket).is_some() {
-            self.last_activity = Some(now);
+            self.touch(now);
         }
     }
 
     /// Everybody who waits is sent away.
     pub fn dismiss(&mut self, now: u64) -> Vec<Ticket> {
         if !self.waiting.is_empty() {
-            self.last_activity = Some(now);
+            self.touch(now);
         }
         self.waiting_bytes = Bytes(0);
         std::mem::take(&mut self.waiting).into_keys().collect()
@@ -237,7 +244,7 @@ impl Line {
 
     /// A granted request has its whole answer, or is given up.
     pub fn finish(&mut self, pod: &PodUid, now: u64) {
-        self.last_activity = Some(now);
+        self.touch(now);
         self.release(pod);
     }
 
@@ -350,6 +357,12 @@ impl Line {
     #[must_use]
     pub fn last_activity(&self) -> Option<u64> {
         self.last_activity
+    }
+
+    /// How often a request arrived or ended: tells two moments apart that a clock may not.
+    #[must_use]
+    pub fn activities(&self) -> u64 {
+        self.activities
     }
 
     /// Whether a request that arrives now would find a loaded replica, busy or not.

@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use super::report::{Figure, Report};
 use crate::demo::observe::{What, node_of};
 use crate::demo::traffic::{self, Tally};
-use crate::ebb_install::{MODELS, Plan, SAMPLE_POLICIES, Site, ebb_program};
+use crate::ebb_install::{MODELS, Plan, SAMPLE_SCALE_POLICY, Site, ebb_program};
 
 /// The models' Deployments and the model's Service.
 const MANIFESTS: &str = include_str!("../../samples/bench-wake.yaml");
@@ -79,10 +79,8 @@ pub async fn run(rounds: u32) -> anyhow::Result<Report> {
 async fn measure(site: &Site, rounds: u32) -> anyhow::Result<Measured> {
     site.install_ebb().await?;
     // The model sleeps when this benchmark says so.
-    let policies = SAMPLE_POLICIES
-        .replace("idleAfter: 6s", "idleAfter: 1h")
-        .replace("settleTime: 3s", "settleTime: 1h");
-    site.apply_policies(&policies).await?;
+    let still = SAMPLE_SCALE_POLICY.replace("idleAfter: 6s", "idleAfter: 1h");
+    site.apply_policy(&still).await?;
     site.apply(MANIFESTS).await?;
     let address = site.address(MODELS, "wake").await?;
     site.reachable(address, STEP).await?;

@@ -5,18 +5,22 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose,
+    BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, ExtendedKeyUsagePurpose,
+    IsCa, KeyPair, KeyUsagePurpose,
 };
 
 use super::namespace::{CONTROL_PLANE_IP, KUBERNETES_SERVICE_IP};
+
+type Authority = CertifiedIssuer<'static, KeyPair>;
+
+/// The name, and the file, of the certificate that the API server shows to aggregated ones.
+pub const FRONT_PROXY: &str = "front-proxy-client";
 
 /// A certificate authority and the folder it writes to.
 pub struct Certificates {
     dir: PathBuf,
     server: String,
-    ca_pem: String,
-    issuer: Issuer<'static, KeyPair>,
+    issuer: Authority,
 }
 
 impl Certificates {
@@ -27,27 +31,12 @@ impl Certificates {
     /// If a key cannot be made or a file cannot be written.
     pub fn create(dir: &Path, server: &str) -> anyhow::Result<Self> {
         std::fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
-        let key = KeyPair::generate().context("making the authority's key")?;
-        let mut params = CertificateParams::default();
-        params.distinguished_name = name("ebb-lab", None);
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![
-            KeyUsagePurpose::KeyCertSign,
-            KeyUsagePurpose::CrlSign,
-            KeyUsagePurpose::DigitalSignature,
-        ];
-        let ca = params
-            .self_signed(&key)
-            .context("making the authority's certificate")?;
         let this = Self {
             dir: dir.to_owned(),
             server: server.to_owned(),
-            ca_pem: ca.pem(),
-            issuer: Issuer::new(params, key),
+            issuer: authority("ebb-lab")?,
         };
-        this.write("ca.crt", &this.ca_pem)?;
-        // The controller manager signs CertificateSigningRequests with it.
-        this.write("ca.key", &this.issuer.key().serialize_pem())?;
+        this.write_authority("ca", &this.issuer)?;
 
         let names = [
             CONTROL_PLANE_IP,
@@ -62,7 +51,16 @@ impl Certificates {
         let mut params = CertificateParams::new(names.map(String::from).to_vec())?;
         params.distinguished_name = name("kube-apiserver", None);
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-        this.sign("apiserver", params)?;
+        this.sign("apiserver", params, &this.issuer)?;
+
+        // Aggregated API servers know the API server by an authority of its own: who holds a certificate
+        // of this one may name any user.
+        let front_proxy = authority("ebb-lab-front-proxy")?;
+        this.write_authority("front-proxy-ca", &front_proxy)?;
+        let mut params = CertificateParams::default();
+        params.distinguished_name = name(FRONT_PROXY, None);
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        this.sign(FRONT_PROXY, params, &front_proxy)?;
 
         let key = KeyPair::generate().context("making the ServiceAccount key")?;
         this.write("service-account.key", &key.serialize_pem())?;
@@ -79,7 +77,7 @@ impl Certificates {
         let mut params = CertificateParams::default();
         params.distinguished_name = name(user, group);
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
-        self.sign(file, params)?;
+        self.sign(file, params, &self.issuer)?;
         let config = serde_json::json!({
             "apiVersion": "v1",
             "kind": "Config",
@@ -105,12 +103,18 @@ impl Certificates {
         self.dir.join(file)
     }
 
-    fn sign(&self, file: &str, mut params: CertificateParams) -> anyhow::Result<()> {
+    fn write_authority(&self, file: &str, authority: &Authority) -> anyhow::Result<()> {
+        self.write(&format!("{file}.crt"), &authority.pem())?;
+        // The controller manager signs CertificateSigningRequests with it.
+        self.write(&format!("{file}.key"), &authority.key().serialize_pem())
+    }
+
+    fn sign(&self, file: &str, mut params: CertificateParams, issuer: &Authority) -> anyhow::Result<()> {
         params.use_authority_key_identifier_extension = true;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         let key = KeyPair::generate().with_context(|| format!("making {file}.key"))?;
         let certificate = params
-            .signed_by(&key, &self.issuer)
+            .signed_by(&key, issuer)
             .with_context(|| format!("signing {file}.crt"))?;
         self.write(&format!("{file}.crt"), &certificate.pem())?;
         self.write(&format!("{file}.key"), &key.serialize_pem())
@@ -129,6 +133,19 @@ impl Certificates {
             .and_then(|mut out| out.write_all(content.as_bytes()))
             .with_context(|| format!("writing {}", path.display()))
     }
+}
+
+fn authority(common_name: &str) -> anyhow::Result<Authority> {
+    let key = KeyPair::generate().context("making an authority's key")?;
+    let mut params = CertificateParams::default();
+    params.distinguished_name = name(common_name, None);
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![
+        KeyUsagePurpose::KeyCertSign,
+        KeyUsagePurpose::CrlSign,
+        KeyUsagePurpose::DigitalSignature,
+    ];
+    CertifiedIssuer::self_signed(params, key).context("making an authority's certificate")
 }
 
 fn name(common_name: &str, organization: Option<&str>) -> DistinguishedName {

@@ -13,7 +13,7 @@ use super::figures::{self, Times};
 use super::observe::{What, grant};
 use super::timeline::{Timeline, gib, seconds, short_uuid};
 use super::traffic::{self, Tally};
-use crate::ebb_install::{EBB, MODELS, SAMPLE_MODELS, SAMPLE_POLICIES, Site};
+use crate::ebb_install::{EBB, MODELS, SAMPLE_MODELS, SAMPLE_NODE_POLICY, SAMPLE_SCALE_POLICY, Site};
 
 /// The sample models.
 const NAMES: [&str; 3] = ["tiny-chat", "code", "big"];
@@ -85,7 +85,7 @@ async fn install(site: &Site, timeline: &Timeline) -> anyhow::Result<()> {
 
 async fn apply_models(site: &Site, timeline: &Timeline) -> anyhow::Result<[SocketAddr; 3]> {
     timeline.chapter("Three models, applied as they are, sleep");
-    site.apply_policies(SAMPLE_POLICIES).await?;
+    site.apply_policy(SAMPLE_SCALE_POLICY).await?;
     site.apply(SAMPLE_MODELS).await?;
     let [a, b, c] = NAMES;
     let addresses = timeline.during("the gates take the models' Services", async {
@@ -183,6 +183,9 @@ async fn burst(
     addresses: &[SocketAddr; 3],
 ) -> anyhow::Result<Duration> {
     timeline.chapter("100 requests at once to a sleeping model");
+    // Not before the first model is on the node: an empty one would go at once.
+    site.apply_policy(SAMPLE_NODE_POLICY).await?;
+    timeline.say("the node group has its policy: a node that is empty for 3 s is given back");
     timeline.say("a long stream from tiny-chat is open meanwhile");
     let mark = site.observer.mark();
     let start = Instant::now();
