@@ -50,7 +50,9 @@ pub fn on_a_site(test: impl for<'a> FnOnce(Stage<'a>) -> Scenario<'a>) {
         }
         site.nodes.power_off().await;
         drop(site);
-        done.unwrap();
+        if let Err(error) = done {
+            panic!("{error:#}");
+        }
     });
 }
 
