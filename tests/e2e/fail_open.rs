@@ -139,7 +139,16 @@ async fn leader_killed(stage: Stage<'_>, address: SocketAddr) -> anyhow::Result<
     let leader = stage.site.kubectl(&holder).await?;
     let pod = leader.split('_').next().unwrap_or_default().to_owned();
     // Its process would be back at once and lead again: the pod goes, without a word to the process.
-    let delete = ["delete", "pod", &pod, "-n", EBB, "--grace-period=0", "--force", "--wait=false"];
+    let delete = [
+        "delete",
+        "pod",
+        &pod,
+        "-n",
+        EBB,
+        "--grace-period=0",
+        "--force",
+        "--wait=false",
+    ];
     stage.site.kubectl(&delete).await?;
     stage.answers_steadily(address, MODEL, STEADY).await?;
     let deadline = tokio::time::Instant::now() + STEP;
