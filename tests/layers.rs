@@ -32,8 +32,17 @@ const API_CRATES: &[&str] = &[
     "thiserror",
 ];
 
-/// Crates that `plan` may use: none of them can tell the time, reach a cluster or touch a file.
-const PLAN_CRATES: &[&str] = &["serde", "serde_json", "thiserror"];
+/// Crates that `plan` may use: data and its notation. None of them reaches a cluster or touches a file, and the one
+/// that could tell the time (jiff) is kept from it by [`IMPURE`]. json-patch is what its tests apply patches with.
+const PLAN_CRATES: &[&str] = &[
+    "http",
+    "jiff",
+    "json_patch",
+    "k8s_openapi",
+    "serde",
+    "serde_json",
+    "thiserror",
+];
 
 /// What `api` may take from kube: the derive and its traits, never a client.
 const KUBE_IN_API: &[&str] = &[
@@ -54,6 +63,8 @@ const IMPURE: &[&str] = &[
     "std::io",
     "Instant",
     "SystemTime",
+    "Timestamp::now",
+    "Zoned::now",
     "TcpStream",
     "TcpListener",
     "UdpSocket",

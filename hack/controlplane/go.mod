@@ -1,7 +1,7 @@
 module ebb.dev/hack/controlplane
 
 // The real Kubernetes control plane for development and tests, built from its
-// Go modules. hack/devcluster builds these tools once and keeps them in a
+// Go modules. hack/build-controlplane builds these tools once and keeps them in a
 // cache folder keyed by version.
 
 go 1.26.0

@@ -1,3 +1,4 @@
+//! What the routing table makes of Services, workloads and pods.
 #![allow(clippy::unwrap_used)]
 
 use serde_json::json;

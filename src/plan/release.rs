@@ -11,7 +11,6 @@
 
 use std::time::Duration;
 
-use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::api::duration::Span;
@@ -33,13 +32,13 @@ pub enum State {
     Released,
 }
 
-/// The annotation `ebb.dev/release` on a Node.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What stands on a Node that is on its way out.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mark {
     /// The state.
     pub state: State,
-    /// Since when.
-    pub since: Timestamp,
+    /// Since when, in milliseconds since the epoch.
+    pub since_ms: i64,
     /// Why.
     pub reason: String,
 }
@@ -138,9 +137,9 @@ impl State {
 
 const STAY: Step = Step::Stay { again_in: None };
 
-/// Decides for one node at `now`.
+/// Decides for one node at `now_ms`.
 #[must_use]
-pub fn step(facts: &Facts, group: &Group, now: Timestamp) -> Step {
+pub fn step(facts: &Facts, group: &Group, now_ms: i64) -> Step {
     let Some(mark) = &facts.mark else {
         // A taint without a mark is the rest of something that somebody else undid.
         return if facts.tainted {
@@ -151,7 +150,9 @@ pub fn step(facts: &Facts, group: &Group, now: Timestamp) -> Step {
             active(facts, group)
         };
     };
-    let age = Duration::try_from(now.duration_since(mark.since)).unwrap_or_default();
+    // A clock that went back makes a mark look younger, never older.
+    let age =
+        u64::try_from(now_ms.saturating_sub(mark.since_ms)).map_or(Duration::ZERO, Duration::from_millis);
     let back = if !facts.selected {
         Some("no NodePolicy selects it any more".to_owned())
     } else if let Some(occupied) = &facts.occupied {
@@ -260,8 +261,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn at(second: i64) -> Timestamp {
-        Timestamp::from_second(1_700_000_000 + second).expect("in range")
+    fn at(second: i64) -> i64 {
+        (1_700_000_000 + second) * 1000
     }
 
     const GROUP: Group = Group {
@@ -276,7 +277,7 @@ mod tests {
             tainted: state.is_some_and(|(state, _)| state.fenced()),
             mark: state.map(|(state, since)| Mark {
                 state,
-                since: at(since),
+                since_ms: at(since),
                 reason: "empty for 1m".to_owned(),
             }),
             selected: true,

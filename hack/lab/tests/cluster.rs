@@ -286,7 +286,7 @@ fn crash_nothing_outlives_an_isolate_whatever_signal_ends_it() {
 /// Where `lab up` in an isolate says that it runs.
 fn record(runtime_dir: &Path) -> Option<PathBuf> {
     let records = std::fs::read_dir(runtime_dir).ok()?.flatten().next()?;
-    let mut files = std::fs::read_dir(records.path()).ok()?.flatten();
+    let files = std::fs::read_dir(records.path()).ok()?.flatten();
     files
         .map(|file| file.path())
         .find(|path| path.extension().is_some_and(|extension| extension == "json"))

@@ -1,19 +1,34 @@
 //! The mark and the taint on a Node.
 
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, Taint};
 use kube::api::{Patch, PatchParams};
 use kube::{Api, Client, ResourceExt};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::api::{annotations, names};
 use crate::cluster::call::{CallError, limited};
-use crate::plan::release::Mark;
+use crate::plan::release::{Mark, State};
+
+/// The annotation `ebb.dev/release`, as people read it.
+#[derive(Serialize, Deserialize)]
+struct Written {
+    state: State,
+    since: Timestamp,
+    reason: String,
+}
 
 /// The mark on a node. One that cannot be read counts as none: with a taint beside it, both are taken off.
 #[must_use]
 pub fn read(node: &Node) -> Option<Mark> {
     let text = node.annotations().get(annotations::RELEASE)?;
-    serde_json::from_str(text).ok()
+    let written: Written = serde_json::from_str(text).ok()?;
+    Some(Mark {
+        state: written.state,
+        since_ms: written.since.as_millisecond(),
+        reason: written.reason,
+    })
 }
 
 /// Whether Ebb's taint is on it.
@@ -43,7 +58,15 @@ pub async fn write(client: &Client, node: &Node, mark: Option<&Mark>) -> Result<
 }
 
 fn patch(node: &Node, mark: Option<&Mark>) -> Result<serde_json::Value, serde_json::Error> {
-    let text = mark.map(serde_json::to_string).transpose()?;
+    let text = mark
+        .map(|mark| {
+            serde_json::to_string(&Written {
+                state: mark.state,
+                since: Timestamp::from_millisecond(mark.since_ms).unwrap_or_default(),
+                reason: mark.reason.clone(),
+            })
+        })
+        .transpose()?;
     let mut patch = json!({"metadata": {
         "resourceVersion": node.resource_version(),
         "annotations": {annotations::RELEASE: text},
@@ -71,8 +94,6 @@ fn patch(node: &Node, mark: Option<&Mark>) -> Result<serde_json::Value, serde_js
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::plan::release::State;
-    use jiff::Timestamp;
 
     fn node(taints: serde_json::Value) -> Node {
         serde_json::from_value(json!({
@@ -87,12 +108,22 @@ mod tests {
         let ours = json!({"key": "ebb.dev/release", "effect": "NoSchedule"});
         let mut mark = Mark {
             state: State::Fenced,
-            since: Timestamp::UNIX_EPOCH,
+            since_ms: 1000,
             reason: "empty".to_owned(),
         };
         let fenced = patch(&node(json!([other])), Some(&mark)).unwrap();
         assert_eq!(fenced["spec"]["taints"], json!([other, ours]));
         assert_eq!(fenced["metadata"]["resourceVersion"], "7");
+        let text = fenced["metadata"]["annotations"][annotations::RELEASE].clone();
+        assert_eq!(
+            text,
+            r#"{"state":"fenced","since":"1970-01-01T00:00:01Z","reason":"empty"}"#
+        );
+        let mut marked = node(json!([ours]));
+        marked
+            .annotations_mut()
+            .insert(annotations::RELEASE.to_owned(), text.as_str().unwrap().to_owned());
+        assert_eq!(read(&marked), Some(mark.clone()));
         let restored = patch(&node(json!([other, ours])), None).unwrap();
         assert_eq!(restored["spec"]["taints"], json!([other]));
         assert!(restored["metadata"]["annotations"][annotations::RELEASE].is_null());

@@ -307,7 +307,7 @@ impl Nodes {
                     .unwrap_or(0),
                 dry_run: group.is_some_and(|group| group.policy.spec.dry_run),
             };
-            let step = release::step(&facts, &bounds, now);
+            let step = release::step(&facts, &bounds, now.as_millisecond());
             if let Step::Mark {
                 state: release::State::Fenced,
                 ..
@@ -388,7 +388,7 @@ impl Nodes {
         }
         let mark = mark.map(|(state, reason)| release::Mark {
             state,
-            since: now,
+            since_ms: now.as_millisecond(),
             reason: reason.to_owned(),
         });
         marks::write(&self.context.client, &seen.node, mark.as_ref()).await

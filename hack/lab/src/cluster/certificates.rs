@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType,
-    ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose,
+    BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, ExtendedKeyUsagePurpose,
+    IsCa, KeyPair, KeyUsagePurpose,
 };
 
 use super::namespace::{CONTROL_PLANE_IP, KUBERNETES_SERVICE_IP};
@@ -109,12 +109,7 @@ impl Certificates {
         self.write(&format!("{file}.key"), &authority.key().serialize_pem())
     }
 
-    fn sign(
-        &self,
-        file: &str,
-        mut params: CertificateParams,
-        issuer: &Authority,
-    ) -> anyhow::Result<()> {
+    fn sign(&self, file: &str, mut params: CertificateParams, issuer: &Authority) -> anyhow::Result<()> {
         params.use_authority_key_identifier_extension = true;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         let key = KeyPair::generate().with_context(|| format!("making {file}.key"))?;

@@ -104,22 +104,13 @@ impl ControlPlane<'_> {
                 format!("--client-ca-file={}", file("ca.crt")),
                 format!("--kubelet-client-certificate={}", file("kubelet-client.crt")),
                 format!("--kubelet-client-key={}", file("kubelet-client.key")),
-                format!(
-                    "--requestheader-client-ca-file={}",
-                    file("front-proxy-ca.crt")
-                ),
+                format!("--requestheader-client-ca-file={}", file("front-proxy-ca.crt")),
                 format!("--requestheader-allowed-names={FRONT_PROXY}"),
                 "--requestheader-username-headers=X-Remote-User".into(),
                 "--requestheader-group-headers=X-Remote-Group".into(),
                 "--requestheader-extra-headers-prefix=X-Remote-Extra-".into(),
-                format!(
-                    "--proxy-client-cert-file={}",
-                    file(&format!("{FRONT_PROXY}.crt"))
-                ),
-                format!(
-                    "--proxy-client-key-file={}",
-                    file(&format!("{FRONT_PROXY}.key"))
-                ),
+                format!("--proxy-client-cert-file={}", file(&format!("{FRONT_PROXY}.crt"))),
+                format!("--proxy-client-key-file={}", file(&format!("{FRONT_PROXY}.key"))),
                 "--service-account-issuer=https://kubernetes.default.svc".into(),
                 format!(
                     "--service-account-signing-key-file={}",
