@@ -301,20 +301,35 @@ async fn lead(context: Context, shutdown: &CancellationToken) {
     }
 }
 
+/// When a new leader has the scheduler try again. More than once: until the other replicas have seen whose the Lease is
+/// now, they still ask the one before and refuse, and no event of their own would end that.
+const WAKE_SCHEDULER_AFTER: [Duration; 4] = [
+    Duration::ZERO,
+    Duration::from_millis(500),
+    Duration::from_secs(2),
+    Duration::from_secs(5),
+];
+
 /// Has the scheduler try again what it was refused while nobody led; then waits for the end like the reconcilers.
 async fn wake_scheduler(context: Context, stop: CancellationToken) {
-    let mut pause = Duration::from_millis(100);
-    while let Some(term) = context.leadership.term_now() {
-        match extender::on_leading(&context.client, &context.view, term).await {
-            Ok(()) => break,
-            Err(error) => tracing::warn!(
-                error = format!("{error:#}"),
-                "cannot cause a Node event; trying again"
-            ),
-        }
-        tokio::select! {
-            () = tokio::time::sleep(pause) => pause = (pause * 2).min(Duration::from_secs(10)),
-            () = stop.cancelled() => return,
+    for (time, after) in WAKE_SCHEDULER_AFTER.into_iter().enumerate() {
+        let mut pause = after;
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = stop.cancelled() => return,
+            }
+            let Some(term) = context.leadership.term_now() else {
+                return stop.cancelled().await;
+            };
+            match extender::on_leading(&context.client, &context.view, term, time).await {
+                Ok(()) => break,
+                Err(error) => tracing::warn!(
+                    error = format!("{error:#}"),
+                    "cannot cause a Node event; trying again"
+                ),
+            }
+            pause = (pause * 2).clamp(Duration::from_millis(100), Duration::from_secs(10));
         }
     }
     stop.cancelled().await;

@@ -43,7 +43,7 @@ const MAX_BODY: usize = 4 << 20;
 const EXPECTATION: Duration = Duration::from_secs(10);
 /// Longest wait for the Node write that makes the scheduler try refused pods again.
 const POKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Annotation by which a new leader causes one Node event.
+/// Annotation by which a new leader causes Node events.
 const LEADER_TERM: &str = "ebb.dev/leader-term";
 /// What every node is refused with while nobody leads.
 const NO_LEADER: &str =
@@ -84,17 +84,17 @@ pub fn router(extender: Arc<Extender>) -> Router {
         .with_state(extender)
 }
 
-/// Causes one Node event, after which the scheduler tries the pods again that were refused while nobody led.
+/// Causes a Node event, the `time`-th of this term, after which the scheduler tries the pods again that were refused while nobody led.
 ///
 /// # Errors
 /// When the API server does not take the write in time.
-pub async fn on_leading(client: &Client, view: &View, term: u64) -> anyhow::Result<()> {
+pub async fn on_leading(client: &Client, view: &View, term: u64, time: usize) -> anyhow::Result<()> {
     let mut names: Vec<String> = view.gpu_nodes.all().iter().map(|node| node.name_any()).collect();
     names.sort();
     let Some(name) = names.into_iter().find(|name| view.nodes.get("", name).is_some()) else {
         return Ok(());
     };
-    let patch = json!({"metadata": {"annotations": {LEADER_TERM: term.to_string()}}});
+    let patch = json!({"metadata": {"annotations": {LEADER_TERM: format!("{term}.{time}")}}});
     let nodes: Api<Node> = Api::all(client.clone());
     tokio::time::timeout(
         POKE_TIMEOUT,
