@@ -67,7 +67,8 @@ pub struct Provider {
     /// The provider's kind.
     pub kind: ProviderKind,
     /// Base URL of the `http` provider, as `http://nodes.example:8080`.
-    #[schemars(length(max = 2048), regex(pattern = "^https?://"))]
+    #[serde(default)]
+    #[schemars(length(max = 2048), regex(pattern = "^(https?://.+)?$"))]
     pub url: String,
     /// Name of the group at the provider.
     #[schemars(length(min = 1, max = 253))]

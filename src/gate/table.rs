@@ -15,7 +15,6 @@ use parking_lot::Mutex;
 
 use super::probe::Checks;
 use crate::api::annotations;
-use crate::api::names;
 use crate::api::units::{Bytes, PodUid};
 use crate::api::workload::{WorkloadKind, WorkloadRef};
 use crate::cluster::slices;
@@ -309,16 +308,9 @@ impl Tables {
 
 /// The gate ports of a Service that goes through the gates.
 fn gate_ports(service: &Service) -> Option<BTreeMap<String, u16>> {
-    let gated = service
-        .spec
-        .as_ref()?
-        .selector
-        .as_ref()?
-        .contains_key(names::GATED_KEY);
+    // Not the selector's key decides: where a person takes it off while no controller lives, Ebb's slice still points
+    // here, and a closed port would refuse what comes. The controller takes slice and annotation away together.
     let text = service.annotations().get(annotations::GATE_PORTS)?;
-    if !gated {
-        return None;
-    }
     match serde_json::from_str(text) {
         Ok(ports) => Some(ports),
         Err(error) => {
