@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use ebb::api::gpu_node::GpuNode;
 use ebb::api::node_policy::NodePolicy;
+use ebb::api::scale_policy::ScalePolicy;
 use ebb::api::workload::{WorkloadKind, WorkloadRef};
 use ebb::link::{Activity, FromGate, ToGate};
 use k8s_openapi::api::apps::v1::Deployment;
@@ -462,5 +463,88 @@ async fn crash_a_node_is_asked_for_once_whoever_leads() {
     .await;
     assert_eq!(provider.posts().len(), 1);
     assert!(again.stop().await.success(), "{}", again.log_tail());
+    setup.cluster.down().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn workloads_older_than_ebb_are_adopted_follow_their_policy_and_are_let_go() {
+    let setup = Setup::up().await;
+    let deployments: Api<Deployment> = setup.api("models");
+    let services: Api<Service> = setup.api("models");
+    let objects = json!({"apiVersion": "v1", "kind": "List", "items": [
+        {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "llama", "namespace": "models"},
+         "spec": {"selector": {"matchLabels": {"app": "llama"}}, "template": {
+             "metadata": {"labels": {"app": "llama"}},
+             "spec": {"containers": [{"name": "server", "image": "none",
+                                      "resources": {"limits": {"ebb.dev/gpu-memory": "18Gi"}}}]}}}},
+        {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "llama", "namespace": "models"},
+         "spec": {"selector": {"app": "llama"}, "ports": [{"port": 80, "targetPort": 8000}]}},
+    ]});
+    setup.cluster.apply(&objects.to_string()).await.unwrap();
+    let before = eventually("the rollout", || async {
+        let deployment = deployments.get("llama").await.ok()?;
+        (deployment.status.as_ref()?.replicas == Some(1)).then_some(deployment)
+    })
+    .await;
+    let controller = setup.controller("ebb-controller-a", CONTROLLER);
+    setup.webhooks(CONTROLLER).await;
+    let policies: Api<ScalePolicy> = Api::all(setup.client.clone());
+    let policy = serde_json::from_value(json!({
+        "apiVersion": "ebb.dev/v1alpha1", "kind": "ScalePolicy", "metadata": {"name": "all"}, "spec": {},
+    }))
+    .unwrap();
+    eventually("a policy", || async {
+        policies.create(&PostParams::default(), &policy).await.ok()
+    })
+    .await;
+
+    let idle_after = |wanted: Option<&'static str>| {
+        let deployments = &deployments;
+        eventually("what the policy says", move || async move {
+            let deployment = deployments.get("llama").await.ok()?;
+            let is = deployment
+                .annotations()
+                .get("ebb.dev/idle-after")
+                .map(String::as_str);
+            (is == wanted).then_some(deployment)
+        })
+    };
+    let adopted = idle_after(Some("10m")).await;
+    assert_eq!(adopted.annotations()["ebb.dev/managed"], "true");
+    let (now, then) = (adopted.spec.unwrap(), before.spec.unwrap());
+    assert_eq!((now.replicas, &now.template), (Some(1), &then.template));
+    eventually("the Service to be gated", || async {
+        let service = services.get("llama").await.ok()?;
+        let port = service.annotations().contains_key("ebb.dev/gate-ports");
+        (port && service.spec?.selector?.contains_key("ebb.dev/gated")).then_some(())
+    })
+    .await;
+    eventually("the policy's status", || async {
+        let status = policies.get("all").await.ok()?.status?;
+        (status.selected == 1 && status.conditions[0].status == "True").then_some(())
+    })
+    .await;
+
+    let shorter = json!({"spec": {"idleAfter": "5m"}});
+    policies
+        .patch("all", &PatchParams::default(), &Patch::Merge(shorter))
+        .await
+        .unwrap();
+    idle_after(Some("5m")).await;
+
+    policies.delete("all", &DeleteParams::default()).await.unwrap();
+    let free = idle_after(None).await;
+    assert!(
+        free.annotations().keys().all(|key| !key.starts_with("ebb.dev/")),
+        "{:?}",
+        free.annotations()
+    );
+    assert_eq!(free.spec.unwrap().replicas, Some(1));
+    eventually("the Service to be put back", || async {
+        let service = services.get("llama").await.ok()?;
+        (!service.spec?.selector?.contains_key("ebb.dev/gated")).then_some(())
+    })
+    .await;
+    assert!(controller.stop().await.success(), "{}", controller.log_tail());
     setup.cluster.down().await;
 }

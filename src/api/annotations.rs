@@ -38,7 +38,9 @@ pub const SHARING: &str = "ebb.dev/sharing";
 pub const GPU_DEVICES: &str = "ebb.dev/gpu-devices";
 /// Bytes the pod may use on each of its GPUs.
 pub const GPU_MEMORY_BYTES: &str = "ebb.dev/gpu-memory-bytes";
-/// The same as a fraction of the card's memory that programs can use, 4 decimals, rounded down.
+/// The same as a fraction of what CUDA calls the card's total memory: NVML's total − what the driver reserves (an H100
+/// of 81,559 MiB shows programs 81,008). That is what vLLM's `--gpu-memory-utilization` multiplies. 4 decimals, rounded
+/// down.
 pub const GPU_MEMORY_SHARE: &str = "ebb.dev/gpu-memory-share";
 
 // On a Service.

@@ -60,6 +60,50 @@ pub enum GpuRequestError {
     Sharing(String),
 }
 
+/// The parts of a pod that say what it asks, whatever type they were read into: a whole `PodSpec`, or the few fields
+/// that the scheduler extender takes out of a request.
+pub trait Asking {
+    /// Name and quantity of the init containers that carry the resource.
+    fn init_containers(&self) -> impl Iterator<Item = (&str, &str)>;
+    /// Name and quantity of the main containers that carry the resource.
+    fn containers(&self) -> impl Iterator<Item = (&str, &str)>;
+    /// Value of [`annotations::GPUS`].
+    fn gpus(&self) -> Option<&str>;
+    /// Value of [`annotations::SHARING`].
+    fn sharing(&self) -> Option<&str>;
+}
+
+/// A pod's (or a pod template's) spec with its annotations.
+struct SpecAndAnnotations<'a>(&'a PodSpec, Option<&'a BTreeMap<String, String>>);
+
+impl SpecAndAnnotations<'_> {
+    fn annotation(&self, key: &str) -> Option<&str> {
+        self.1.and_then(|a| a.get(key)).map(String::as_str)
+    }
+}
+
+fn carrying(container: &Container) -> Option<(&str, &str)> {
+    quantity(container).map(|quantity| (container.name.as_str(), quantity))
+}
+
+impl Asking for SpecAndAnnotations<'_> {
+    fn init_containers(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.init_containers.iter().flatten().filter_map(carrying)
+    }
+
+    fn containers(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.containers.iter().filter_map(carrying)
+    }
+
+    fn gpus(&self) -> Option<&str> {
+        self.annotation(annotations::GPUS)
+    }
+
+    fn sharing(&self) -> Option<&str> {
+        self.annotation(annotations::SHARING)
+    }
+}
+
 /// Reads the pod's request; `None` when it asks for no GPU memory.
 ///
 /// # Errors
@@ -68,38 +112,37 @@ pub fn gpu_request(
     spec: &PodSpec,
     pod_annotations: Option<&BTreeMap<String, String>>,
 ) -> Result<Option<GpuRequest>, GpuRequestError> {
-    if let Some(init) = spec
-        .init_containers
-        .iter()
-        .flatten()
-        .find(|c| quantity(c).is_some())
-    {
-        return Err(GpuRequestError::InitContainer(init.name.clone()));
+    request_of(&SpecAndAnnotations(spec, pod_annotations))
+}
+
+/// Reads a request out of its parts; `None` when there is none.
+///
+/// # Errors
+/// When the request cannot be served as written.
+pub fn request_of(pod: &impl Asking) -> Result<Option<GpuRequest>, GpuRequestError> {
+    if let Some((name, _)) = pod.init_containers().next() {
+        return Err(GpuRequestError::InitContainer(name.to_owned()));
     }
-    let mut asking = spec.containers.iter().filter_map(|c| quantity(c).map(|q| (c, q)));
-    let Some((container, text)) = asking.next() else {
+    let mut asking = pod.containers();
+    let Some((name, text)) = asking.next() else {
         return Ok(None);
     };
     if let Some((second, _)) = asking.next() {
-        return Err(GpuRequestError::TwoContainers(
-            container.name.clone(),
-            second.name.clone(),
-        ));
+        return Err(GpuRequestError::TwoContainers(name.to_owned(), second.to_owned()));
     }
     let total: Bytes = text.parse().map_err(|error| GpuRequestError::Quantity {
-        container: container.name.clone(),
+        container: name.to_owned(),
         error,
     })?;
-    let annotation = |key: &str| pod_annotations.and_then(|a| a.get(key));
-    let gpus = match annotation(annotations::GPUS) {
+    let gpus = match pod.gpus() {
         None => NonZeroU32::MIN,
         Some(text) => text
             .parse::<NonZeroU32>()
             .ok()
             .filter(|n| n.get() <= 64)
-            .ok_or_else(|| GpuRequestError::Gpus(text.clone()))?,
+            .ok_or_else(|| GpuRequestError::Gpus(text.to_owned()))?,
     };
-    let sharing = match annotation(annotations::SHARING).map(String::as_str) {
+    let sharing = match pod.sharing() {
         None | Some("shared") => Sharing::Shared,
         Some("exclusive") => Sharing::Exclusive,
         Some(other) => return Err(GpuRequestError::Sharing(other.to_owned())),
@@ -107,7 +150,7 @@ pub fn gpu_request(
     // Rounded up: a split that lost the remainder would promise less than was declared.
     let bytes_per_gpu = Bytes(total.0.div_ceil(u64::from(gpus.get())));
     if bytes_per_gpu.0 == 0 {
-        return Err(GpuRequestError::Zero(container.name.clone()));
+        return Err(GpuRequestError::Zero(name.to_owned()));
     }
     Ok(Some(GpuRequest {
         gpus,

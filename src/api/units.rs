@@ -174,6 +174,13 @@ macro_rules! text_id {
             }
         }
 
+        // Maps keyed by it are asked with the `&str` that a request carries.
+        impl std::borrow::Borrow<str> for $name {
+            fn borrow(&self) -> &str {
+                &self.0
+            }
+        }
+
         impl fmt::Display for $name {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str(&self.0)

@@ -1,173 +1,290 @@
-//! Keeps the ledger by the watches of pods, nodes and inventories.
+//! Keeps the ledger current from the same watches that feed the view: Kubernetes objects in, ledger events out.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::ResourceExt;
-use kube::runtime::watcher::Event;
+use kube::runtime::watcher;
 use parking_lot::{Mutex, RwLock};
+use tokio::sync::watch;
 
 use super::view::{Hook, Hooks};
-use crate::api::gpu_node::GpuNode;
-use crate::api::gpu_request::{Sharing, gpu_request};
+use crate::api::gpu_node::{Gpu, GpuNode};
+use crate::api::gpu_request::{GpuRequest, GpuRequestError, Sharing, gpu_request};
 use crate::api::units::{Bytes, GpuId, NodeName, PodUid};
 use crate::api::{annotations, names};
-use crate::plan::ledger::{GpuFacts, Ledger, Reservation};
+use crate::plan::ledger::{Claim, Entry, Event, Fence, GpuFacts, Inventory, Ledger, NodeFacts, PodFacts};
 
 /// How the kubelet and container runtimes name a GPU by CDI.
 pub const CDI_PREFIX: &str = "runtime.nvidia.com/gpu=";
 
-/// The ledger, shared by the watches that keep it and those who ask it. Never held over an await.
-pub type SharedLedger = Arc<RwLock<Ledger>>;
+/// The one ledger of the process. Cheap to clone; all clones are one.
+#[derive(Clone, Default)]
+pub struct SharedLedger(Arc<Shared>);
 
-/// An empty ledger, and the hooks that fill it once [`super::view::View::start`] has them.
+struct Shared {
+    ledger: RwLock<Ledger>,
+    freed: watch::Sender<u64>,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Self {
+            ledger: RwLock::default(),
+            freed: watch::Sender::new(0),
+        }
+    }
+}
+
+impl SharedLedger {
+    /// Looks at it. The closure keeps the lock from being held over an await.
+    pub fn read<R>(&self, look: impl FnOnce(&Ledger) -> R) -> R {
+        look(&self.0.ledger.read())
+    }
+
+    /// Changes it, and tells [`Self::freed`]'s receivers when that made room.
+    pub fn update<R>(&self, change: impl FnOnce(&mut Ledger) -> R) -> R {
+        let (result, freed) = {
+            let mut ledger = self.0.ledger.write();
+            let result = change(&mut ledger);
+            (result, ledger.freed())
+        };
+        self.0.freed.send_if_modified(|known| {
+            // Two writers may come here in the other order.
+            let more = freed > *known;
+            *known = freed.max(*known);
+            more
+        });
+        result
+    }
+
+    /// A copy to try things on: "what if this node were fenced, and its pods had to go elsewhere".
+    #[must_use]
+    pub fn copy(&self) -> Ledger {
+        self.read(Ledger::clone)
+    }
+
+    /// Raised whenever a new pod can have more memory somewhere than before.
+    #[must_use]
+    pub fn freed(&self) -> watch::Receiver<u64> {
+        self.0.freed.subscribe()
+    }
+}
+
+/// An empty ledger, and the hooks that keep it current once they are given to [`super::view::View::start`].
 #[must_use]
 pub fn feed() -> (SharedLedger, Hooks) {
     let ledger = SharedLedger::default();
     let hooks = Hooks {
         pods: Some(hook(
-            &ledger,
-            |pod: &Pod| PodUid::from(pod.uid().unwrap_or_default().as_str()),
-            |ledger, uid, pod| match reservation(pod) {
-                Some(reservation) => ledger.pod_bound(uid, reservation),
-                // Not bound: what is expected for it stays. Ended: it holds nothing any more.
-                None if ended(pod) || ledger.is_bound(uid) => ledger.pod_gone(uid),
-                None => {}
-            },
-            Ledger::pod_gone,
+            ledger.clone(),
+            pod_uid,
+            pod_event,
+            Event::PodGone,
+            |ledger| ledger.bound_pods().cloned().collect(),
         )),
         nodes: Some(hook(
-            &ledger,
-            |node: &Node| NodeName::from(node.name_any().as_str()),
-            |ledger, name, node| ledger.node_seen(name, closed(node)),
-            Ledger::node_gone,
+            ledger.clone(),
+            |node: &Node| node_name(node),
+            |node| Some(Event::Node(node_facts(node))),
+            Event::NodeGone,
+            |ledger| ledger.nodes().map(|node| node.name().clone()).collect(),
         )),
         gpu_nodes: Some(hook(
-            &ledger,
-            |node: &GpuNode| NodeName::from(node.name_any().as_str()),
-            |ledger, name, node| ledger.gpus_seen(name, gpus(node)),
-            |ledger, name| ledger.gpus_seen(name, Vec::new()),
+            ledger.clone(),
+            |node: &GpuNode| node_name(node),
+            |node| Some(Event::Inventory(inventory(node))),
+            Event::InventoryGone,
+            |ledger| ledger.nodes().map(|node| node.name().clone()).collect(),
         )),
     };
     (ledger, hooks)
 }
 
-/// One kind's hook. After a watch broke, a new full list comes: what it does not name any more is gone.
-fn hook<K, Key>(
-    ledger: &SharedLedger,
-    key: impl Fn(&K) -> Key + Send + Sync + 'static,
-    seen: impl Fn(&mut Ledger, &Key, &K) + Send + Sync + 'static,
-    gone: impl Fn(&mut Ledger, &Key) + Send + Sync + 'static,
-) -> Hook<K>
-where
-    Key: Clone + Eq + std::hash::Hash + Send + 'static,
-{
-    let ledger = ledger.clone();
-    // Keys of the last full list and all that came after it; during a new list, those of the old one not seen again.
-    let known: Mutex<(HashSet<Key>, HashSet<Key>)> = Mutex::default();
-    Box::new(move |event| {
-        let (current, before) = &mut *known.lock();
-        match event {
-            Event::Init => *before = std::mem::take(current),
-            Event::InitApply(object) | Event::Apply(object) => {
-                let key = key(object);
-                before.remove(&key);
-                seen(&mut ledger.write(), &key, object);
-                current.insert(key);
-            }
-            Event::Delete(object) => {
-                let key = key(object);
-                gone(&mut ledger.write(), &key);
-                current.remove(&key);
-            }
-            Event::InitDone => {
-                let mut ledger = ledger.write();
-                before.drain().for_each(|key| gone(&mut ledger, &key));
+/// One kind's watch events as ledger events. After a full list, whatever the ledger knows and the list does not have is
+/// gone.
+fn hook<K: 'static, Id: std::hash::Hash + Eq + Send + 'static>(
+    ledger: SharedLedger,
+    id: impl Fn(&K) -> Id + Send + Sync + 'static,
+    is: impl Fn(&K) -> Option<Event> + Send + Sync + 'static,
+    gone: impl Fn(Id) -> Event + Send + Sync + 'static,
+    known: impl Fn(&Ledger) -> Vec<Id> + Send + Sync + 'static,
+) -> Hook<K> {
+    let listed: Mutex<HashSet<Id>> = Mutex::default();
+    Box::new(move |event| match event {
+        watcher::Event::Init => listed.lock().clear(),
+        watcher::Event::InitApply(object) => {
+            listed.lock().insert(id(object));
+            if let Some(event) = is(object) {
+                ledger.update(|ledger| ledger.apply(event));
             }
         }
+        watcher::Event::InitDone => {
+            let listed = std::mem::take(&mut *listed.lock());
+            ledger.update(|ledger| {
+                for id in known(ledger) {
+                    if !listed.contains(&id) {
+                        ledger.apply(gone(id));
+                    }
+                }
+            });
+        }
+        watcher::Event::Apply(object) => {
+            if let Some(event) = is(object) {
+                ledger.update(|ledger| ledger.apply(event));
+            }
+        }
+        watcher::Event::Delete(object) => ledger.update(|ledger| ledger.apply(gone(id(object)))),
     })
 }
 
-/// Whether the pod's containers have ended for good.
-fn ended(pod: &Pod) -> bool {
-    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
-    matches!(phase, Some("Succeeded" | "Failed"))
+fn pod_uid(pod: &Pod) -> PodUid {
+    PodUid::from(pod.metadata.uid.as_deref().unwrap_or_default())
 }
 
-/// What a bound pod holds. A pod that is being deleted holds it until it is gone; one whose containers have ended for
-/// good holds nothing.
+fn node_name<K: kube::Resource>(node: &K) -> NodeName {
+    NodeName::from(node.meta().name.as_deref().unwrap_or_default())
+}
+
+/// What the ledger needs of a pod; nothing for one that asks for no GPU memory.
 #[must_use]
-pub fn reservation(pod: &Pod) -> Option<Reservation> {
+pub fn pod_event(pod: &Pod) -> Option<Event> {
     let spec = pod.spec.as_ref()?;
-    let node = spec.node_name.as_deref()?;
-    if ended(pod) {
-        return None;
+    let request = match gpu_request(spec, pod.metadata.annotations.as_ref()) {
+        Ok(request) => request?,
+        Err(error) => unreadable(pod, &error),
+    };
+    let finished = pod
+        .status
+        .as_ref()
+        .and_then(|status| status.phase.as_deref())
+        .is_some_and(|phase| matches!(phase, "Succeeded" | "Failed"));
+    let claim = claim(pod, &request);
+    if claim.gpus.is_none() && spec.node_name.is_some() && !finished {
+        tracing::warn!(
+            pod = pod.name_any(),
+            namespace = pod.namespace(),
+            node = spec.node_name,
+            "bound by somebody else than Ebb, so its GPU is not known: it counts on every GPU of its node; use \
+             schedulerName {}",
+            names::SCHEDULER
+        );
     }
-    let asked = gpu_request(spec, pod.metadata.annotations.as_ref())
-        .ok()
-        .flatten()?;
-    let annotation = |key: &str| pod.annotations().get(key).map(String::as_str);
-    let gpus: Vec<GpuId> = annotation(annotations::GPU_DEVICES)
-        .map(devices)
-        .unwrap_or_default();
-    let told: Option<u64> = annotation(annotations::GPU_MEMORY_BYTES).and_then(|bytes| bytes.parse().ok());
-    Some(Reservation {
-        pod: format!("{}/{}", pod.namespace().unwrap_or_default(), pod.name_any()),
-        node: NodeName::from(node),
-        gpus,
-        bytes_per_gpu: told.map_or(asked.bytes_per_gpu, Bytes),
-        exclusive: asked.sharing == Sharing::Exclusive,
-    })
+    Some(Event::Pod(PodFacts {
+        entry: entry(pod, claim),
+        node: spec.node_name.as_deref().map(NodeName::from),
+        finished,
+    }))
 }
 
-/// The GPUs that an `ebb.dev/gpu-devices` annotation names.
+/// A pod whose request makes no sense, and which somebody bound all the same: it could use anything.
+fn unreadable(pod: &Pod, error: &GpuRequestError) -> GpuRequest {
+    tracing::warn!(pod = pod.name_any(), namespace = pod.namespace(), %error, "unreadable GPU memory request");
+    GpuRequest {
+        gpus: NonZeroU32::MIN,
+        bytes_per_gpu: Bytes::MAX,
+        sharing: Sharing::Exclusive,
+    }
+}
+
+/// A pod's page entry with this claim.
 #[must_use]
-pub fn devices(annotation: &str) -> Vec<GpuId> {
-    annotation
-        .split(',')
-        .map(|name| name.trim())
-        .filter(|name| !name.is_empty())
-        .map(|name| GpuId::from(name.strip_prefix(CDI_PREFIX).unwrap_or(name)))
+pub fn entry(pod: &Pod, claim: Claim) -> Entry {
+    Entry {
+        uid: pod_uid(pod),
+        namespace: pod.metadata.namespace.as_deref().unwrap_or_default().into(),
+        name: pod.metadata.name.as_deref().unwrap_or_default().into(),
+        claim,
+    }
+}
+
+fn claim(pod: &Pod, request: &GpuRequest) -> Claim {
+    let written = pod.annotations();
+    let bytes = written
+        .get(annotations::GPU_MEMORY_BYTES)
+        .and_then(|text| text.parse().ok());
+    Claim {
+        gpus: written.get(annotations::GPU_DEVICES).map(|text| devices(text)),
+        bytes_per_gpu: bytes.map_or(request.bytes_per_gpu, Bytes),
+        sharing: request.sharing,
+    }
+}
+
+/// The UUIDs in the annotation's value, which are CDI names or bare.
+#[must_use]
+pub fn devices(text: &str) -> Vec<GpuId> {
+    text.split(',')
+        .map(str::trim)
+        .map(|name| name.strip_prefix(CDI_PREFIX).unwrap_or(name))
+        .filter(|uuid| !uuid.is_empty())
+        .map(GpuId::from)
         .collect()
 }
 
-/// Why a node takes no new pods, if it does not.
+/// What the ledger needs of a Node.
 #[must_use]
-pub fn closed(node: &Node) -> Option<String> {
+pub fn node_facts(node: &Node) -> NodeFacts {
     let spec = node.spec.as_ref();
     let taints = spec.and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
-    if node.metadata.deletion_timestamp.is_some() {
-        Some("the node is being deleted".to_owned())
+    let fence = if node.metadata.deletion_timestamp.is_some() {
+        Some(Fence::Deleting)
     } else if taints.iter().any(|taint| taint.key == names::RELEASE_TAINT) {
-        Some("the node is being emptied to be released".to_owned())
-    } else if spec.and_then(|spec| spec.unschedulable).unwrap_or(false) {
-        Some("the node is cordoned".to_owned())
+        Some(Fence::Releasing)
+    } else if spec.is_some_and(|spec| spec.unschedulable == Some(true)) {
+        Some(Fence::Cordoned)
     } else {
         None
+    };
+    NodeFacts {
+        name: node_name(node),
+        fence,
     }
 }
 
-fn gpus(node: &GpuNode) -> Vec<GpuFacts> {
-    node.status
-        .iter()
-        .flat_map(|status| &status.gpus)
-        .map(|gpu| GpuFacts {
-            id: gpu.uuid.clone(),
-            index: gpu.index,
-            usable: gpu.usable(),
-            unhealthy: (!gpu.healthy).then(|| {
-                gpu.unhealthy_reason
-                    .clone()
-                    .unwrap_or_else(|| "unhealthy".to_owned())
-            }),
-        })
-        .collect()
+/// What the ledger needs of a GpuNode.
+#[must_use]
+pub fn inventory(node: &GpuNode) -> Inventory {
+    let status = node.status.as_ref();
+    let conditions = status
+        .map(|status| status.conditions.as_slice())
+        .unwrap_or_default();
+    let ready = conditions.iter().find(|condition| condition.type_ == "Ready");
+    let closed = match ready {
+        Some(ready) if ready.status == "True" => None,
+        Some(ready) if ready.message.is_empty() => Some(ready.reason.as_str().into()),
+        Some(ready) => Some(ready.message.as_str().into()),
+        None => Some("the agent has not read them yet".into()),
+    };
+    Inventory {
+        node: node_name(node),
+        closed,
+        gpus: status
+            .map(|status| status.gpus.iter().map(gpu_facts).collect())
+            .unwrap_or_default(),
+    }
+}
+
+fn gpu_facts(gpu: &Gpu) -> GpuFacts {
+    let why = || gpu.unhealthy_reason.as_deref().unwrap_or("unhealthy");
+    GpuFacts {
+        id: gpu.uuid.clone(),
+        index: gpu.index,
+        usable: gpu.usable(),
+        used: gpu.memory_used,
+        foreign: None,
+        used_by: BTreeMap::new(),
+        closed: (!gpu.healthy).then(|| why().into()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+    use serde_json::json;
+    use watcher::Event as Seen;
 
     #[test]
     fn devices_by_cdi_name_or_uuid() {
@@ -180,31 +297,52 @@ mod tests {
         assert!(devices("").is_empty());
     }
 
+    fn pod(uid: &str, extra: serde_json::Value) -> Pod {
+        let mut pod = json!({
+            "metadata": {"name": uid, "namespace": "models", "uid": uid},
+            "spec": {"containers": [{"name": "c", "resources": {"limits": {"ebb.dev/gpu-memory": "18Gi"}}}]},
+        });
+        json_patch::merge(&mut pod, &extra);
+        serde_json::from_value(pod).unwrap()
+    }
+
     #[test]
     fn crash_of_a_watch_drops_what_the_new_list_does_not_name() {
         let (ledger, hooks) = feed();
-        let nodes = hooks.nodes.expect("feed gives a hook for nodes");
-        let named = |name: &str| Node {
-            metadata: kube::api::ObjectMeta {
-                name: Some(name.to_owned()),
-                ..Default::default()
-            },
-            ..Default::default()
-        };
+        let told = hooks.pods.unwrap();
+        let bound = |uid| pod(uid, json!({"spec": {"nodeName": "n"}}));
         for event in [
-            Event::Init,
-            Event::InitApply(named("a")),
-            Event::InitApply(named("b")),
-            Event::InitDone,
-            Event::Init,
-            Event::InitApply(named("b")),
-            Event::InitDone,
+            Seen::Init,
+            Seen::InitApply(bound("a")),
+            Seen::InitApply(bound("b")),
+            Seen::InitDone,
+            Seen::Init,
+            Seen::InitApply(bound("b")),
+            Seen::InitDone,
         ] {
-            nodes(&event);
+            told(&event);
         }
-        assert_eq!(
-            ledger.read().nodes().map(NodeName::as_str).collect::<Vec<_>>(),
-            ["b"]
+        let left = ledger.read(|ledger| ledger.bound_pods().map(ToString::to_string).collect::<Vec<_>>());
+        assert_eq!(left, ["b"]);
+    }
+
+    #[test]
+    fn a_pod_that_somebody_else_bound_is_unassigned_and_a_finished_one_has_nothing() {
+        let entry = |pod: &Pod| match pod_event(pod) {
+            Some(Event::Pod(facts)) => facts,
+            other => panic!("{other:?}"),
+        };
+        let bound = entry(&pod("a", json!({"spec": {"nodeName": "n"}})));
+        assert_eq!((bound.entry.claim.gpus, bound.finished), (None, false));
+        let ours = pod(
+            "b",
+            json!({"spec": {"nodeName": "n"}, "status": {"phase": "Failed"}, "metadata": {"annotations": {
+                "ebb.dev/gpu-devices": "runtime.nvidia.com/gpu=GPU-a", "ebb.dev/gpu-memory-bytes": "7"}}}),
         );
+        let ours = entry(&ours);
+        assert_eq!(ours.entry.claim.gpus, Some(vec![GpuId::from("GPU-a")]));
+        assert_eq!((ours.entry.claim.bytes_per_gpu, ours.finished), (Bytes(7), true));
+        let other = json!({"spec": {"containers": [{"name": "c"}]}});
+        assert!(pod_event(&serde_json::from_value(other).unwrap()).is_none());
     }
 }

@@ -1,17 +1,16 @@
 //! Nodes and pods as the plans about nodes see them: free GPU memory, who is on a node, who waits for one.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::api::core::v1::{Node, Pod, PodSpec};
 use kube::ResourceExt;
 
-use super::ledger_feed::reservation;
-use super::view::View;
 use crate::api::gpu_request;
 use crate::api::names;
-use crate::plan::ledger::{Ledger, Reservation};
+use crate::api::units::PodUid;
+use crate::plan::ledger::{Hold, Ledger};
 use crate::plan::nodes_wanted::{PendingPod, Taint, Toleration};
 use crate::plan::room::GpuRoom;
 
@@ -89,68 +88,41 @@ pub fn offers_gpu_memory(node: &Node) -> bool {
         .is_some_and(|quantity| quantity.0 != "0")
 }
 
-/// Pods that the scheduler is about to bind, by UID: the ledger expects them, the API server does not know yet.
+/// Pods that are about to have memory on GPUs and that the API server does not know to be bound yet, by UID.
 #[must_use]
-pub fn expected(ledger: &Ledger) -> HashMap<String, Reservation> {
+pub fn expected(ledger: &Ledger) -> HashMap<String, Hold> {
     ledger
-        .nodes()
-        .flat_map(|node| ledger.pods_on(node))
-        .filter(|(uid, _)| !ledger.is_bound(uid))
-        .map(|(uid, reservation)| (uid.to_string(), reservation.clone()))
+        .holds()
+        .map(|(uid, hold)| (uid.to_string(), hold.clone()))
         .collect()
 }
 
-/// The node's healthy GPUs with what bound and expected pods leave of them; empty until its agent has told and is well.
+/// Pods that end so soon that what they have is as good as free.
 #[must_use]
-pub fn gpus(
-    view: &View,
-    node: &str,
-    pods: &PodsByNode,
-    expected: &HashMap<String, Reservation>,
-    now: Timestamp,
-) -> Vec<GpuRoom> {
-    let Some(status) = view
-        .gpu_nodes
-        .get("", node)
-        .and_then(|gpu_node| gpu_node.status.clone())
-    else {
-        return Vec::new();
-    };
-    if !status
-        .conditions
-        .iter()
-        .any(|c| c.type_ == "Ready" && c.status == "True")
-    {
-        return Vec::new();
-    }
-    let mut rooms: BTreeMap<&str, GpuRoom> = status
-        .gpus
-        .iter()
-        .filter(|gpu| gpu.healthy)
-        .map(|gpu| (gpu.uuid.as_str(), GpuRoom::empty(gpu.usable())))
-        .collect();
-    let bound = pods.on(node).iter().filter(|pod| !leaves_soon(pod, now));
-    for reservation in bound.filter_map(|pod| reservation(pod)) {
-        reserve(&mut rooms, &reservation);
-    }
-    for reservation in expected
-        .values()
-        .filter(|reservation| reservation.node.as_str() == node)
-    {
-        reserve(&mut rooms, reservation);
-    }
-    rooms.into_values().collect()
+pub fn leaving(pods: &[Arc<Pod>], now: Timestamp) -> HashSet<PodUid> {
+    pods.iter()
+        .filter(|pod| leaves_soon(pod, now))
+        .filter_map(|pod| pod.metadata.uid.as_deref().map(PodUid::from))
+        .collect()
 }
 
-fn reserve(rooms: &mut BTreeMap<&str, GpuRoom>, reservation: &Reservation) {
-    for (uuid, room) in rooms.iter_mut() {
-        // A pod of unknown GPUs may be on any of them.
-        if reservation.gpus.is_empty() || reservation.gpus.iter().any(|gpu| gpu.as_str() == *uuid) {
-            room.empty = false;
-            room.exclusive |= reservation.exclusive;
-            room.free = room.free.saturating_sub(reservation.bytes_per_gpu);
-        }
-    }
+/// The node's healthy GPUs with what bound and expected pods leave of them, `leaving` ones taken out; empty until its
+/// agent has told and is well.
+#[must_use]
+pub fn gpus(ledger: &Ledger, node: &str, leaving: &HashSet<PodUid>) -> Vec<GpuRoom> {
+    let Some(node) = ledger.node(node).filter(|node| node.is_told()) else {
+        return Vec::new();
+    };
+    node.gpus_without(&|uid| leaving.contains(uid))
+        .iter()
+        .filter(|gpu| gpu.closed.is_none())
+        .map(|gpu| GpuRoom {
+            usable: gpu.usable,
+            free: gpu.free,
+            empty: gpu.tenants == 0,
+            exclusive: gpu.whole,
+        })
+        .collect()
 }
 
 fn leaves_soon(pod: &Pod, now: Timestamp) -> bool {
@@ -208,28 +180,32 @@ pub fn pending(pod: &Pod) -> Option<PendingPod> {
             .map_or(0, |created| created.0.as_millisecond()),
         request,
         node_selector: spec.node_selector.clone().unwrap_or_default(),
-        tolerations: spec
-            .tolerations
-            .iter()
-            .flatten()
-            .map(|toleration| Toleration {
-                key: toleration.key.clone().filter(|key| !key.is_empty()),
-                value: if toleration.operator.as_deref() == Some("Exists") {
-                    None
-                } else {
-                    Some(toleration.value.clone().unwrap_or_default())
-                },
-                effect: toleration.effect.clone().filter(|effect| !effect.is_empty()),
-            })
-            .collect(),
+        tolerations: tolerations(spec),
     })
+}
+
+/// What the pod tolerates.
+#[must_use]
+pub fn tolerations(spec: &PodSpec) -> Vec<Toleration> {
+    spec.tolerations
+        .iter()
+        .flatten()
+        .map(|toleration| Toleration {
+            key: toleration.key.clone().filter(|key| !key.is_empty()),
+            value: if toleration.operator.as_deref() == Some("Exists") {
+                None
+            } else {
+                Some(toleration.value.clone().unwrap_or_default())
+            },
+            effect: toleration.effect.clone().filter(|effect| !effect.is_empty()),
+        })
+        .collect()
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::api::units::Bytes;
     use serde_json::json;
 
     fn pod(extra: serde_json::Value) -> Arc<Pod> {
@@ -257,28 +233,5 @@ mod tests {
             PodsByNode::new(&all).occupied("n1").as_deref(),
             Some("pod models/p")
         );
-    }
-
-    #[test]
-    fn reservations_take_from_the_gpus_they_name_or_from_all() {
-        let mut rooms = BTreeMap::from([
-            ("GPU-a", GpuRoom::empty(Bytes(100))),
-            ("GPU-b", GpuRoom::empty(Bytes(100))),
-        ]);
-        let mut reservation = Reservation {
-            pod: "models/p".to_owned(),
-            node: "n1".into(),
-            gpus: vec!["GPU-a".into()],
-            bytes_per_gpu: Bytes(60),
-            exclusive: false,
-        };
-        reserve(&mut rooms, &reservation);
-        assert_eq!(
-            (rooms["GPU-a"].free, rooms["GPU-b"].free),
-            (Bytes(40), Bytes(100))
-        );
-        reservation.gpus.clear();
-        reserve(&mut rooms, &reservation);
-        assert_eq!((rooms["GPU-a"].free, rooms["GPU-b"].free), (Bytes(0), Bytes(40)));
     }
 }

@@ -49,7 +49,7 @@ use crate::cluster::client;
 use crate::cluster::events::Events;
 use crate::cluster::ledger_feed;
 use crate::cluster::view::View;
-use crate::extender::{self, Extender};
+use crate::extender::{self, DeviceNames, Extender};
 use crate::serve::certificates::Certificates;
 use crate::serve::forward::Forwarder;
 use crate::serve::health::{self, Readiness};
@@ -78,6 +78,9 @@ pub struct Args {
     /// Port that the gates dial (TLS); the same on every replica.
     #[arg(long, default_value_t = 9445)]
     pub link_port: u16,
+    /// How a pod's GPUs are named to its container runtime.
+    #[arg(long, env = "EBB_GPU_DEVICE_NAMES", value_enum, default_value_t)]
+    pub gpu_device_names: DeviceNames,
     /// Port of /healthz, /readyz and /metrics (plain HTTP).
     #[arg(long, default_value_t = 8080)]
     pub health_port: u16,
@@ -155,6 +158,7 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
         began: Instant::now(),
         since: Instant::now(),
     };
+    let extender = extender(&args, &context, &certificates);
     let routers = Routers {
         webhook: webhook::router(webhook::Context {
             view: context.view.clone(),
@@ -162,7 +166,7 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
             runtime_class,
             metrics: webhook::Metrics::new(&mut registry),
         }),
-        extender: extender_router(&args, &context, &certificates),
+        extender: extender::router(extender.clone()),
         link: link_router(&args, &context, &end),
     };
     let readiness = Readiness::waiting("starting");
@@ -181,7 +185,7 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
     readiness.ready();
     tracing::info!(ip = %args.listen_ip, "serving");
 
-    lead(context, &shutdown).await;
+    lead(context, extender, &shutdown).await;
 
     readiness.not_ready("stopping");
     stop_leading.cancel();
@@ -222,17 +226,18 @@ struct Routers {
     link: Router,
 }
 
-fn extender_router(args: &Args, context: &Context, certificates: &Certificates) -> Router {
+fn extender(args: &Args, context: &Context, certificates: &Certificates) -> Arc<Extender> {
     let service = format!("{}.{}.svc", names::CONTROLLER, args.namespace);
-    extender::router(Arc::new(Extender {
+    Extender::new(extender::Parts {
         client: context.client.clone(),
         view: context.view.clone(),
         ledger: context.ledger.clone(),
         leadership: context.leadership.clone(),
         forwarder: Forwarder::new(certificates.client(), service, FORWARD_LIMIT, FORWARD_MAX_ANSWER),
         port: args.extender_port,
+        device_names: args.gpu_device_names,
         started: context.began,
-    }))
+    })
 }
 
 fn link_router(args: &Args, context: &Context, end: &CancellationToken) -> Router {
@@ -270,7 +275,7 @@ fn serve(
 }
 
 /// Reconciles whenever this process leads, until `shutdown`.
-async fn lead(context: Context, shutdown: &CancellationToken) {
+async fn lead(context: Context, extender: Arc<Extender>, shutdown: &CancellationToken) {
     let mut state = context.leadership.state();
     while !shutdown.is_cancelled() {
         let leading = |state: &LeaderState| matches!(state, LeaderState::Leading { .. });
@@ -286,7 +291,7 @@ async fn lead(context: Context, shutdown: &CancellationToken) {
             ..context.clone()
         };
         let mut reconcilers = reconcilers(&context, &stop);
-        reconcilers.spawn(wake_scheduler(context.clone(), stop.clone()));
+        reconcilers.spawn(answer_scheduler(extender.clone(), stop.clone()));
         tokio::select! {
             _ = state.wait_for(|state| !leading(state)) => {}
             () = shutdown.cancelled() => {}
@@ -301,37 +306,9 @@ async fn lead(context: Context, shutdown: &CancellationToken) {
     }
 }
 
-/// When a new leader has the scheduler try again. More than once: until the other replicas have seen whose the Lease is
-/// now, they still ask the one before and refuse, and no event of their own would end that.
-const WAKE_SCHEDULER_AFTER: [Duration; 4] = [
-    Duration::ZERO,
-    Duration::from_millis(500),
-    Duration::from_secs(2),
-    Duration::from_secs(5),
-];
-
-/// Has the scheduler try again what it was refused while nobody led; then waits for the end like the reconcilers.
-async fn wake_scheduler(context: Context, stop: CancellationToken) {
-    for (time, after) in WAKE_SCHEDULER_AFTER.into_iter().enumerate() {
-        let mut pause = after;
-        loop {
-            tokio::select! {
-                () = tokio::time::sleep(pause) => {}
-                () = stop.cancelled() => return,
-            }
-            let Some(term) = context.leadership.term_now() else {
-                return stop.cancelled().await;
-            };
-            match extender::on_leading(&context.client, &context.view, term, time).await {
-                Ok(()) => break,
-                Err(error) => tracing::warn!(
-                    error = format!("{error:#}"),
-                    "cannot cause a Node event; trying again"
-                ),
-            }
-            pause = (pause * 2).clamp(Duration::from_millis(100), Duration::from_secs(10));
-        }
-    }
+/// What the extender does as a leader; ends only with `stop`, like the reconcilers.
+async fn answer_scheduler(extender: Arc<Extender>, stop: CancellationToken) {
+    extender::lead(extender, stop.clone()).await;
     stop.cancelled().await;
 }
 

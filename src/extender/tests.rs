@@ -1,66 +1,306 @@
-//! The bodies are those that a real kube-scheduler 1.36 posts.
+//! The bodies are those that a real kube-scheduler 1.36 posted; `tests/extender.rs` has it post its own.
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+use super::refused::Refused;
+use super::verbs::NO_LEADER;
 use super::*;
+use crate::api::gpu_request::Sharing;
+use crate::api::units::{Bytes, PodUid};
+use crate::plan::ledger::{Claim, Entry, Event, GpuFacts, Inventory, NodeFacts, PodFacts};
 
-fn filter_body(uid: &str) -> String {
-    json!({
-        "Pod": {
-            "metadata": {"name": "d1-659d7955cd-k6z7w", "namespace": "default", "uid": uid},
-            "spec": {"containers": [{"name": "c", "resources": {"limits": {"ebb.dev/gpu-memory": "18Gi"}}}]},
-            "status": {"phase": "Pending"},
+const FILTER: &str = include_str!("../../tests/fixtures/kube-scheduler/filter-nodecachecapable.json");
+const FILTER_WHOLE: &str =
+    include_str!("../../tests/fixtures/kube-scheduler/filter-not-nodecachecapable.json");
+const PRIORITIZE: &str = include_str!("../../tests/fixtures/kube-scheduler/prioritize-nodecachecapable.json");
+const PRIORITIZE_WHOLE: &str =
+    include_str!("../../tests/fixtures/kube-scheduler/prioritize-not-nodecachecapable.json");
+const PREEMPT: &str = include_str!("../../tests/fixtures/kube-scheduler/preempt-nodecachecapable.json");
+const BIND: &str = include_str!("../../tests/fixtures/kube-scheduler/bind.json");
+
+const GIB: u64 = 1 << 30;
+
+/// What the scheduler posted.
+fn body(fixture: &str) -> Value {
+    serde_json::from_str::<Value>(fixture).unwrap()["request"].clone()
+}
+
+fn away(verb: Verb, body: &Value) -> Value {
+    serde_json::from_slice(&verb.away(body.to_string().as_bytes()).unwrap()).unwrap()
+}
+
+/// A leader whose nodes have one GPU each, of so many GiB.
+#[derive(Default)]
+struct Leader {
+    ledger: SharedLedger,
+    refused: Refused,
+    now_ms: u64,
+}
+
+impl Leader {
+    fn new(nodes: &[(&str, u64)]) -> Self {
+        let leader = Leader::default();
+        for (name, gib) in nodes {
+            leader.tell(Event::Node(NodeFacts {
+                name: (*name).into(),
+                fence: None,
+            }));
+            leader.tell(Event::Inventory(Inventory {
+                node: (*name).into(),
+                closed: None,
+                gpus: vec![GpuFacts {
+                    id: format!("GPU-{name}").as_str().into(),
+                    index: 0,
+                    usable: Bytes(gib * GIB),
+                    used: None,
+                    foreign: None,
+                    used_by: BTreeMap::new(),
+                    closed: None,
+                }],
+            }));
+        }
+        leader
+    }
+
+    fn tell(&self, event: Event) {
+        self.ledger.update(|ledger| ledger.apply(event));
+    }
+
+    fn answer(&self, verb: Verb, body: &Value) -> Value {
+        let desk = Desk {
+            ledger: &self.ledger,
+            refused: &self.refused,
+            now_ms: self.now_ms,
+        };
+        let bytes = verb.here(desk, body.to_string().as_bytes()).unwrap();
+        serde_json::from_slice(&bytes).unwrap()
+    }
+
+    /// Where memory is held for the fixtures' pod.
+    fn held(&self, body: &Value) -> Option<String> {
+        let uid = PodUid::from(body["Pod"]["metadata"]["uid"].as_str().unwrap());
+        self.ledger
+            .read(|ledger| ledger.hold_of(&uid).map(|hold| hold.node.to_string()))
+    }
+}
+
+fn bind_on(node: &str, pod: &str, gib: u64) -> Event {
+    Event::Pod(PodFacts {
+        entry: Entry {
+            uid: pod.into(),
+            namespace: "default".into(),
+            name: pod.into(),
+            claim: Claim {
+                gpus: Some(vec![format!("GPU-{node}").as_str().into()]),
+                bytes_per_gpu: Bytes(gib * GIB),
+                sharing: Sharing::Shared,
+            },
         },
-        "Nodes": null,
-        "NodeNames": ["n0000", "n0001"],
+        node: Some(node.into()),
+        finished: false,
     })
-    .to_string()
 }
 
 #[test]
-fn while_nobody_leads_every_node_is_refused_in_words_and_nothing_is_an_error() {
-    let args: wire::Args = parse(filter_body("u").as_bytes()).map_err(|_| ()).unwrap();
-    let result = serde_json::to_value(away::filter(args)).unwrap();
-    assert_eq!(result["NodeNames"], json!([]));
-    assert_eq!(result["FailedNodes"]["n0001"], NO_LEADER);
-    assert_eq!(result["Error"], "");
-}
-
-#[test]
-fn bind_and_preempt_bodies_are_read_as_the_scheduler_spells_them() {
-    let bind = br#"{"PodName":"p","PodNamespace":"default","PodUID":"69078e7b","Node":"n0002"}"#;
-    let bind: wire::BindArgs = parse(bind).map_err(|_| ()).unwrap();
-    assert_eq!((bind.uid.as_str(), bind.node.as_str()), ("69078e7b", "n0002"));
-    let preempt = json!({
-        "Pod": {"metadata": {"name": "hi"}, "spec": {"containers": []}},
-        "NodeNameToVictims": null,
-        "NodeNameToMetaVictims": {"n0000": {"Pods": [{"UID": "a"}], "NumPDBViolations": 2}, "n1": {"Pods": null}},
-    })
-    .to_string();
-    let preempt: wire::PreemptArgs = parse(preempt.as_bytes()).map_err(|_| ()).unwrap();
-    let back = serde_json::to_value(&preempt.node_name_to_meta_victims).unwrap();
+fn filter_names_the_nodes_with_room_and_says_why_not_the_others() {
+    let leader = Leader::new(&[("n0000", 24), ("n0001", 24), ("n0002", 16)]);
+    leader.tell(bind_on("n0001", "other", 12));
+    let result = leader.answer(Verb::Filter, &body(FILTER));
+    assert_eq!(result["NodeNames"], json!(["n0000"]));
     assert_eq!(
-        back["n0000"],
-        json!({"Pods": [{"UID": "a"}], "NumPDBViolations": 2})
+        result["FailedNodes"],
+        json!({"n0001": "GPU 0 of n0001 has 12 GiB free, 18 GiB asked"})
+    );
+    assert_eq!(
+        result["FailedAndUnresolvableNodes"],
+        json!({"n0002": "no GPU with 18 GiB of memory, even empty"})
+    );
+    assert_eq!(result["Error"], "");
+    assert!(result.get("Nodes").is_none());
+}
+
+#[test]
+fn filter_has_few_different_texts() {
+    let leader = Leader::new(&[("n0000", 24), ("n0001", 24), ("n0002", 24)]);
+    for (node, gib) in [("n0000", 8), ("n0001", 7), ("n0002", 9)] {
+        leader.tell(bind_on(node, node, gib));
+    }
+    let result = leader.answer(Verb::Filter, &body(FILTER));
+    assert_eq!(
+        result["FailedNodes"],
+        json!({
+            "n0000": "no GPU with 18 GiB free",
+            "n0001": "GPU 0 of n0001 has 17 GiB free, 18 GiB asked",
+            "n0002": "no GPU with 18 GiB free",
+        })
     );
 }
 
 #[test]
-fn adversarial_bodies_are_refused_with_a_reason() {
-    for body in [
-        "",
-        "{}",
-        "null",
-        "[]",
-        r#"{"Pod": 3}"#,
-        r#"{"Pod": {"spec": {"containers": "x"}}}"#,
-    ] {
-        assert_eq!(
-            parse::<wire::Args>(body.as_bytes())
-                .unwrap_err()
-                .as_ref()
-                .status(),
-            StatusCode::BAD_REQUEST,
-            "{body}"
-        );
+fn whole_nodes_go_back_as_they_came() {
+    let sent = body(FILTER_WHOLE);
+    let first = sent["Nodes"]["items"][0]["metadata"]["name"].as_str().unwrap();
+    let leader = Leader::new(&[(first, 24)]);
+    let result = leader.answer(Verb::Filter, &sent);
+    assert_eq!(result["Nodes"]["items"], json!([sent["Nodes"]["items"][0]]));
+    assert!(result.get("NodeNames").is_none());
+    let unknown = result["FailedAndUnresolvableNodes"].as_object().unwrap();
+    assert_eq!(
+        unknown.len(),
+        sent["Nodes"]["items"].as_array().unwrap().len() - 1
+    );
+    let sent = body(PRIORITIZE_WHOLE);
+    let result = leader.answer(Verb::Prioritize, &sent);
+    assert_eq!(
+        result.as_array().unwrap().len(),
+        sent["Nodes"]["items"].as_array().unwrap().len()
+    );
+}
+
+#[test]
+fn a_pod_that_asks_for_no_gpu_memory_passes() {
+    let leader = Leader::new(&[]);
+    let mut pod = body(FILTER);
+    pod["Pod"]["spec"]["containers"][0]["resources"] = json!({});
+    let result = leader.answer(Verb::Filter, &pod);
+    assert_eq!(result["NodeNames"], json!(["n0000", "n0001", "n0002"]));
+    assert_eq!(leader.held(&pod), None);
+}
+
+#[test]
+fn a_request_that_makes_no_sense_is_an_error_in_words() {
+    let leader = Leader::new(&[("n0000", 24)]);
+    let mut pod = body(FILTER);
+    pod["Pod"]["metadata"]["annotations"] = json!({"ebb.dev/gpus": "two"});
+    let result = leader.answer(Verb::Filter, &pod);
+    assert!(
+        result["Error"].as_str().unwrap().contains("ebb.dev/gpus"),
+        "{result}"
+    );
+    assert_eq!(result["NodeNames"], json!([]));
+}
+
+#[test]
+fn prioritize_ranks_the_tightest_first_and_holds_it() {
+    let leader = Leader::new(&[("n0000", 40), ("n0001", 40), ("n0002", 24)]);
+    leader.tell(bind_on("n0001", "other", 20));
+    let result = leader.answer(Verb::Prioritize, &body(PRIORITIZE));
+    assert_eq!(
+        result,
+        json!([
+            {"Host": "n0000", "Score": 0},
+            {"Host": "n0001", "Score": 10},
+            {"Host": "n0002", "Score": 0},
+        ])
+    );
+    assert_eq!(leader.held(&body(PRIORITIZE)).as_deref(), Some("n0001"));
+}
+
+#[test]
+fn race_the_next_pods_filter_before_this_pods_bind() {
+    // One node passes: nobody will ask to prioritize, so filter itself holds it.
+    let mut leader = Leader::new(&[("n0000", 24)]);
+    let first = body(FILTER);
+    let mut second = first.clone();
+    second["Pod"]["metadata"]["uid"] = json!("second");
+    assert_eq!(leader.answer(Verb::Filter, &first)["NodeNames"], json!(["n0000"]));
+    assert_eq!(leader.answer(Verb::Filter, &second)["NodeNames"], json!([]));
+    assert_eq!(
+        leader.answer(Verb::Filter, &first)["NodeNames"],
+        json!(["n0000"]),
+        "its own hold is no obstacle"
+    );
+    leader.now_ms = 10_001;
+    assert_eq!(
+        leader.answer(Verb::Filter, &second)["NodeNames"],
+        json!(["n0000"])
+    );
+}
+
+#[test]
+fn refused_pods_get_one_event_each_time_that_memory_frees() {
+    let leader = Leader::new(&[("n0000", 24)]);
+    leader.tell(bind_on("n0000", "other", 12));
+    leader.answer(Verb::Filter, &body(FILTER));
+    let event = || leader.ledger.read(|ledger| leader.refused.fits_by_now(ledger));
+    assert_eq!(event(), None);
+    leader.tell(Event::PodGone("other".into()));
+    assert_eq!(event().map(|node| node.to_string()).as_deref(), Some("n0000"));
+    assert_eq!(event(), None);
+}
+
+#[test]
+fn preempt_evicts_nobody_for_nothing() {
+    let leader = Leader::new(&[("n0000", 80), ("n0001", 80)]);
+    // 50 GiB asked: the victim of n0000 leaves enough, the one of n0001 does not.
+    leader.tell(bind_on("n0000", "21ca439a-cbe1-45a3-ac88-480100bee548", 60));
+    leader.tell(bind_on("n0001", "d2e79eb8-e7d0-4142-bf53-523adde78eb6", 30));
+    leader.tell(bind_on("n0001", "stays", 40));
+    let sent = body(PREEMPT);
+    let result = leader.answer(Verb::Preempt, &sent);
+    let asked = &sent["NodeNameToMetaVictims"];
+    assert_eq!(
+        result,
+        json!({"NodeNameToMetaVictims": {"n0000": asked["n0000"]}})
+    );
+}
+
+#[test]
+fn while_nobody_leads_every_node_is_refused_in_words_and_nothing_is_an_error() {
+    let result = away(Verb::Filter, &body(FILTER));
+    assert_eq!(result["NodeNames"], json!([]));
+    assert_eq!(result["FailedNodes"]["n0001"], NO_LEADER);
+    assert_eq!(result["Error"], "");
+    assert_eq!(
+        away(Verb::Preempt, &body(PREEMPT)),
+        json!({"NodeNameToMetaVictims": {}})
+    );
+    assert_eq!(away(Verb::Prioritize, &body(PRIORITIZE))[2]["Score"], 0);
+}
+
+#[test]
+fn bind_is_read_as_the_scheduler_spells_it() {
+    let bind: wire::BindArgs = serde_json::from_value(body(BIND)).unwrap();
+    assert_eq!(bind.pod, "d1-659d7955cd-k6z7w");
+    assert_eq!(
+        (bind.namespace.as_str(), bind.node.as_str()),
+        ("default", "n0002")
+    );
+    assert_eq!(bind.uid, "69078e7b-0eb7-4c00-8d7d-e1533137e373");
+}
+
+#[test]
+fn adversarial_bodies_are_refused() {
+    let leader = Leader::new(&[]);
+    for verb in [Verb::Filter, Verb::Prioritize, Verb::Preempt] {
+        for body in [
+            "",
+            "{}",
+            "null",
+            "[]",
+            r#"{"Pod": 3}"#,
+            r#"{"Pod": {"spec": {"containers": "x"}}}"#,
+        ] {
+            let desk = Desk {
+                ledger: &leader.ledger,
+                refused: &leader.refused,
+                now_ms: 0,
+            };
+            assert!(verb.here(desk, body.as_bytes()).is_err(), "{verb:?} {body}");
+            assert!(verb.away(body.as_bytes()).is_err(), "{verb:?} {body}");
+        }
     }
+}
+
+#[test]
+fn escapes_and_nulls_are_read() {
+    let body = r#"{"Pod":{"metadata":{"name":"ab","namespace":null,"uid":"u","annotations":null},
+        "spec":{"containers":[{"name":"c","resources":null}],"initContainers":null}},"Nodes":null,"NodeNames":["n\/1"]}"#;
+    let (pod, candidates) = serde_json::from_str::<wire::Args>(body).unwrap().split().unwrap();
+    assert_eq!((pod.name(), pod.namespace()), ("ab", ""));
+    assert_eq!(candidates.names, ["n/1"]);
+    assert!(pod.request().unwrap().is_none());
 }

@@ -1,44 +1,239 @@
 //! The bodies that kube-scheduler posts and reads, cut down to what is used. Field names as in
-//! `k8s.io/kube-scheduler/extender/v1`.
+//! `k8s.io/kube-scheduler/extender/v1`. Texts are borrowed from the body: a whole `Pod` read into its own type costs
+//! several times as much as the decision.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::Pod;
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use crate::api::gpu_request::{Asking, GpuRequest, GpuRequestError, request_of};
+
+/// A text of the body; owned only where it holds an escape.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
+#[serde(transparent)]
+pub struct Text<'a>(#[serde(borrow)] pub Cow<'a, str>);
 
 /// Body of filter and prioritize.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]
-pub struct Args {
+pub struct Args<'a> {
     /// The pod to place.
-    pub pod: Pod,
-    /// Candidates by name; present because the extender is registered as `nodeCacheCapable`.
-    #[serde(default)]
-    pub node_names: Option<Vec<String>>,
+    #[serde(borrow)]
+    pub pod: Pod<'a>,
+    /// Candidates by name, when the extender is registered as `nodeCacheCapable`.
+    #[serde(borrow, default)]
+    node_names: Option<Vec<Text<'a>>>,
+    /// Candidates as whole objects, when it is not.
+    #[serde(borrow, default)]
+    nodes: Option<NodeList<'a>>,
 }
 
-/// Answer to filter.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Deserialize)]
+struct NodeList<'a> {
+    #[serde(borrow, default)]
+    items: Option<Vec<&'a RawValue>>,
+}
+
+/// The candidates of a request, and how they came.
+#[derive(Debug)]
+pub struct Candidates<'a> {
+    /// Their names.
+    pub names: Vec<Cow<'a, str>>,
+    /// Each one's whole object, if they came so.
+    pub objects: Option<Vec<&'a RawValue>>,
+}
+
+impl<'a> Args<'a> {
+    /// The pod and the candidates.
+    ///
+    /// # Errors
+    /// When a node among them has no name.
+    pub fn split(self) -> serde_json::Result<(Pod<'a>, Candidates<'a>)> {
+        #[derive(Deserialize)]
+        struct Node<'a> {
+            #[serde(borrow)]
+            metadata: NodeMetadata<'a>,
+        }
+        #[derive(Deserialize)]
+        struct NodeMetadata<'a> {
+            #[serde(borrow)]
+            name: Text<'a>,
+        }
+        let candidates = match (self.node_names, self.nodes) {
+            (None, Some(nodes)) => {
+                let objects = nodes.items.unwrap_or_default();
+                let name = |object: &&'a RawValue| {
+                    serde_json::from_str::<Node<'a>>(object.get()).map(|node| node.metadata.name.0)
+                };
+                Candidates {
+                    names: objects.iter().map(name).collect::<Result<_, _>>()?,
+                    objects: Some(objects),
+                }
+            }
+            (names, _) => Candidates {
+                names: names.into_iter().flatten().map(|name| name.0).collect(),
+                objects: None,
+            },
+        };
+        Ok((self.pod, candidates))
+    }
+}
+
+/// What is read of a pod.
+#[derive(Debug, Deserialize)]
+pub struct Pod<'a> {
+    #[serde(borrow)]
+    metadata: Metadata<'a>,
+    #[serde(borrow)]
+    spec: Spec<'a>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Metadata<'a> {
+    #[serde(borrow)]
+    name: Text<'a>,
+    #[serde(borrow, default)]
+    namespace: Option<Text<'a>>,
+    #[serde(borrow, default)]
+    uid: Option<Text<'a>>,
+    #[serde(borrow, default)]
+    annotations: Option<Annotations<'a>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Annotations<'a> {
+    #[serde(borrow, default, rename = "ebb.dev/gpus")]
+    gpus: Option<Text<'a>>,
+    #[serde(borrow, default, rename = "ebb.dev/sharing")]
+    sharing: Option<Text<'a>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Spec<'a> {
+    #[serde(borrow)]
+    containers: Vec<Container<'a>>,
+    #[serde(borrow, default)]
+    init_containers: Option<Vec<Container<'a>>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Container<'a> {
+    #[serde(borrow)]
+    name: Text<'a>,
+    #[serde(borrow, default)]
+    resources: Option<Resources<'a>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Resources<'a> {
+    #[serde(borrow, default)]
+    limits: Option<Quantities<'a>>,
+    #[serde(borrow, default)]
+    requests: Option<Quantities<'a>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Quantities<'a> {
+    #[serde(borrow, default, rename = "ebb.dev/gpu-memory")]
+    gpu_memory: Option<Text<'a>>,
+}
+
+impl Pod<'_> {
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.metadata.name.0
+    }
+
+    /// Its namespace.
+    #[must_use]
+    pub fn namespace(&self) -> &str {
+        self.metadata.namespace.as_ref().map_or("", |text| &text.0)
+    }
+
+    /// Its UID.
+    #[must_use]
+    pub fn uid(&self) -> &str {
+        self.metadata.uid.as_ref().map_or("", |text| &text.0)
+    }
+
+    /// What it asks of GPUs.
+    ///
+    /// # Errors
+    /// When that cannot be served as written.
+    pub fn request(&self) -> Result<Option<GpuRequest>, GpuRequestError> {
+        request_of(self)
+    }
+}
+
+fn carrying<'b>(container: &'b Container<'_>) -> Option<(&'b str, &'b str)> {
+    let resources = container.resources.as_ref()?;
+    let quantity = [&resources.limits, &resources.requests]
+        .into_iter()
+        .flatten()
+        .find_map(|quantities| quantities.gpu_memory.as_ref())?;
+    Some((&container.name.0, &quantity.0))
+}
+
+impl Asking for Pod<'_> {
+    fn init_containers(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.spec.init_containers.iter().flatten().filter_map(carrying)
+    }
+
+    fn containers(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.spec.containers.iter().filter_map(carrying)
+    }
+
+    fn gpus(&self) -> Option<&str> {
+        let annotations = self.metadata.annotations.as_ref()?;
+        annotations.gpus.as_ref().map(|text| &*text.0)
+    }
+
+    fn sharing(&self) -> Option<&str> {
+        let annotations = self.metadata.annotations.as_ref()?;
+        annotations.sharing.as_ref().map(|text| &*text.0)
+    }
+}
+
+/// Answer to filter. The nodes go back in the form they came in.
+#[derive(Debug, Default, Serialize)]
 #[serde(rename_all = "PascalCase")]
-pub struct FilterResult {
-    /// Nodes that have room.
-    pub node_names: Vec<String>,
-    /// The others, each with the reason.
-    #[serde(default)]
-    pub failed_nodes: BTreeMap<String, String>,
+pub struct FilterResult<'a> {
+    /// Nodes that have room, by name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node_names: Option<Vec<Cow<'a, str>>>,
+    /// The same as whole objects.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nodes: Option<Nodes<'a>>,
+    /// Nodes without room, each with the reason; evicting pods could help.
+    pub failed_nodes: BTreeMap<Cow<'a, str>, String>,
+    /// The same where evicting pods cannot help.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub failed_and_unresolvable_nodes: BTreeMap<Cow<'a, str>, String>,
     /// Not empty: the pod cannot be scheduled at all at the moment.
-    #[serde(default)]
     pub error: String,
 }
 
+/// A list of whole Nodes.
+#[derive(Debug, Default, Serialize)]
+pub struct Nodes<'a> {
+    /// As in any Kubernetes list.
+    pub metadata: BTreeMap<(), ()>,
+    /// The nodes as they came.
+    pub items: Vec<&'a RawValue>,
+}
+
 /// One line of the answer to prioritize.
-#[derive(Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[derive(Debug, Serialize, PartialEq, Eq)]
 #[serde(rename_all = "PascalCase")]
-pub struct HostPriority {
+pub struct HostPriority<'a> {
     /// The node.
-    pub host: String,
+    pub host: Cow<'a, str>,
     /// 0–10, higher is better.
-    pub score: i64,
+    pub score: u8,
 }
 
 /// Body of bind.
@@ -59,7 +254,7 @@ pub struct BindArgs {
 }
 
 /// Answer to bind.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct BindResult {
     /// Empty when the pod is bound.
@@ -69,38 +264,74 @@ pub struct BindResult {
 /// Body of preempt.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "PascalCase")]
-pub struct PreemptArgs {
+pub struct PreemptArgs<'a> {
     /// The pod that wants room.
-    pub pod: Pod,
-    /// Whom the scheduler would evict, by node; present because the extender is `nodeCacheCapable`.
-    #[serde(default)]
-    pub node_name_to_meta_victims: BTreeMap<String, Victims>,
+    #[serde(borrow)]
+    pub pod: Pod<'a>,
+    /// Whom the scheduler would evict, by node; present when the extender is `nodeCacheCapable`.
+    #[serde(borrow, default)]
+    node_name_to_meta_victims: Option<BTreeMap<Text<'a>, Victims<'a>>>,
+    /// The same with whole pods, when it is not.
+    #[serde(borrow, default)]
+    node_name_to_victims: Option<BTreeMap<Text<'a>, WholeVictims<'a>>>,
 }
 
 /// Pods to be evicted from one node.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
-pub struct Victims {
+pub struct Victims<'a> {
     /// The pods.
-    #[serde(default)]
-    pub pods: Option<Vec<Victim>>,
+    #[serde(borrow, default)]
+    pub pods: Option<Vec<Victim<'a>>>,
     /// Evictions that a PodDisruptionBudget is against; passed back as it came.
     #[serde(default, rename = "NumPDBViolations")]
     pub pdb_violations: i64,
 }
 
 /// One pod to be evicted.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Victim {
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Victim<'a> {
     /// Its UID.
-    #[serde(rename = "UID")]
-    pub uid: String,
+    #[serde(borrow, rename = "UID")]
+    pub uid: Text<'a>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct WholeVictims<'a> {
+    #[serde(borrow, default)]
+    pods: Option<Vec<Pod<'a>>>,
+    #[serde(default, rename = "NumPDBViolations")]
+    pdb_violations: i64,
+}
+
+impl<'a> PreemptArgs<'a> {
+    /// The pod that wants room, and whom the scheduler would evict, by node.
+    #[must_use]
+    pub fn split(self) -> (Pod<'a>, BTreeMap<Text<'a>, Victims<'a>>) {
+        let whole = |victims: WholeVictims<'a>| Victims {
+            pods: victims.pods.map(|pods| {
+                pods.into_iter()
+                    .filter_map(|pod| pod.metadata.uid.map(|uid| Victim { uid }))
+                    .collect()
+            }),
+            pdb_violations: victims.pdb_violations,
+        };
+        let victims = self.node_name_to_meta_victims.unwrap_or_else(|| {
+            self.node_name_to_victims
+                .into_iter()
+                .flatten()
+                .map(|(node, victims)| (node, whole(victims)))
+                .collect()
+        });
+        (self.pod, victims)
+    }
 }
 
 /// Answer to preempt.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize)]
 #[serde(rename_all = "PascalCase")]
-pub struct PreemptResult {
+pub struct PreemptResult<'a> {
     /// The nodes where evicting those pods makes room on the GPUs.
-    pub node_name_to_meta_victims: BTreeMap<String, Victims>,
+    pub node_name_to_meta_victims: BTreeMap<Text<'a>, Victims<'a>>,
 }

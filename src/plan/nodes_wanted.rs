@@ -262,7 +262,9 @@ fn admits(pod: &PendingPod, labels: &Labels, taints: &[Taint]) -> bool {
         })
 }
 
-fn tolerates(toleration: &Toleration, taint: &Taint) -> bool {
+/// Whether the taint keeps no pod with this toleration away.
+#[must_use]
+pub fn tolerates(toleration: &Toleration, taint: &Taint) -> bool {
     let matches = |wanted: &Option<String>, is: &str| wanted.as_deref().is_none_or(|wanted| wanted == is);
     matches(&toleration.key, &taint.key)
         && matches(&toleration.value, &taint.value)

@@ -84,6 +84,26 @@ impl Setup {
         self.cluster.spawn(name, command).unwrap()
     }
 
+    /// Has the API server ask that controller about admission.
+    pub async fn webhooks(&self, ip: &str) {
+        let service = json!({"apiVersion": "v1", "kind": "List", "items": [
+            {"apiVersion": "v1", "kind": "Service",
+             "metadata": {"name": "ebb-controller", "namespace": "ebb-system"},
+             "spec": {"ports": [{"name": "webhook", "port": 443, "targetPort": 9443}]}},
+            {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+             "metadata": {"name": "ebb-controller", "namespace": "ebb-system",
+                          "labels": {"kubernetes.io/service-name": "ebb-controller"}},
+             "endpoints": [{"addresses": [ip], "conditions": {"ready": true}}],
+             "ports": [{"name": "webhook", "port": 9443, "protocol": "TCP"}]},
+        ]});
+        self.cluster.apply(&service.to_string()).await.unwrap();
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        self.cluster
+            .apply_path(&root.join("manifests/webhooks.yaml"))
+            .await
+            .unwrap();
+    }
+
     pub fn api<K>(&self, namespace: &str) -> Api<K>
     where
         K: kube::Resource<Scope = kube::core::NamespaceResourceScope, DynamicType = ()>,

@@ -7,6 +7,7 @@
 mod asks;
 mod groups;
 mod marks;
+mod steps;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -22,15 +23,13 @@ use self::asks::resolve;
 use self::groups::{Group, Groups, Learned};
 use super::metrics::Part;
 use super::reconcile::{Backoff, Context, Reconciler, sooner};
-use crate::api::units::Bytes;
-use crate::cluster::call::CallError;
+use crate::api::units::{Bytes, PodUid};
 use crate::cluster::events::{self, Told};
 use crate::cluster::rooms::{self, PodsByNode};
-use crate::plan::ledger::Reservation;
+use crate::plan::ledger::Hold;
 use crate::plan::nodes_wanted::{self, PendingPod, Standing, Wanted};
-use crate::plan::release::{self, Step};
+use crate::plan::release;
 use crate::plan::room::GpuRoom;
-use crate::provider::{Provider, ProviderError};
 
 /// How often the provider is looked at while something is under way there.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -75,15 +74,13 @@ impl Unplaceable {
 }
 
 /// Pods that the scheduler is about to bind, by UID.
-type Expected = HashMap<String, Reservation>;
+type Expected = HashMap<String, Hold>;
 
 fn about_to_come(expected: &Expected, node: &str) -> Option<String> {
-    let mut coming = expected
-        .values()
-        .filter(|reservation| reservation.node.as_str() == node);
+    let mut coming = expected.values().filter(|hold| hold.node.as_str() == node);
     coming
         .next()
-        .map(|reservation| format!("pod {}", reservation.pod))
+        .map(|hold| format!("pod {}/{}", hold.namespace, hold.name))
 }
 
 /// Releases nodes and asks for them.
@@ -152,8 +149,13 @@ impl Nodes {
         }
     }
 
-    fn look(&self, pods: &PodsByNode, expected: &Expected, now: Timestamp) -> Vec<Seen> {
+    fn look(&self, leaving: &HashSet<PodUid>) -> Vec<Seen> {
         let view = &self.context.view;
+        let gpus = |name: &str| {
+            self.context
+                .ledger
+                .read(|ledger| rooms::gpus(ledger, name, leaving))
+        };
         let mut nodes = view.nodes.all();
         nodes.sort_by_key(|node| node.name_any());
         nodes
@@ -163,7 +165,7 @@ impl Nodes {
                 policy: self.groups.of(&node).map(str::to_owned),
                 mark: marks::read(&node),
                 ready: rooms::is_ready(&node),
-                gpus: rooms::gpus(view, &node.name_any(), pods, expected, now),
+                gpus: gpus(&node.name_any()),
                 node,
             })
             .collect()
@@ -172,9 +174,10 @@ impl Nodes {
     /// What the ledger expects, without what it has waited for too long.
     fn expected(&self) -> Expected {
         let now = u64::try_from(self.context.began.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let mut ledger = self.context.ledger.write();
-        ledger.lapse(now);
-        rooms::expected(&ledger)
+        self.context.ledger.update(|ledger| {
+            ledger.expire(now);
+            rooms::expected(ledger)
+        })
     }
 
     /// Takes from the newest node of each group what such nodes offer.
@@ -255,180 +258,6 @@ impl Nodes {
         }
         self.waits.insert(uid.to_owned(), note);
     }
-
-    /// One step with every node of every group.
-    async fn release(
-        &mut self,
-        seen: &[Seen],
-        pods: &PodsByNode,
-        expected: &Expected,
-        wanted: &Wanted,
-        now: Timestamp,
-    ) -> Option<Duration> {
-        let mut staying: HashMap<String, u32> = HashMap::new();
-        for seen in seen {
-            if let Some(policy) = &seen.policy
-                && seen.ready
-                && matches!(seen.standing(), Standing::Active | Standing::Candidate)
-            {
-                *staying.entry(policy.clone()).or_default() += 1;
-            }
-        }
-        let mut next = None;
-        for seen in seen {
-            let tainted = marks::is_fenced(&seen.node);
-            let group = seen.policy.as_ref().and_then(|policy| self.groups.get(policy));
-            if group.is_none() && seen.mark.is_none() && !tainted {
-                continue;
-            }
-            let name = seen.node.name_any();
-            if !self.backoff.open(&name) {
-                continue;
-            }
-            let facts = release::Facts {
-                mark: seen.mark.clone(),
-                tainted,
-                selected: group.is_some(),
-                ready: seen.ready,
-                occupied: pods.occupied(&name).or_else(|| about_to_come(expected, &name)),
-                wanted: wanted.keep.get(&name).cloned(),
-                blocked: group.and_then(|group| group.blocked(&seen.node)),
-                at_provider: group.map_or(release::AtProvider::Unknown, |group| {
-                    group.at_provider(&seen.node)
-                }),
-            };
-            let bounds = release::Group {
-                settle_time: group.map_or(Duration::ZERO, |group| group.policy.spec.settle_time.0),
-                min_nodes: group.map_or(0, |group| group.policy.spec.min_nodes),
-                staying: seen
-                    .policy
-                    .as_ref()
-                    .and_then(|policy| staying.get(policy).copied())
-                    .unwrap_or(0),
-                dry_run: group.is_some_and(|group| group.policy.spec.dry_run),
-            };
-            let step = release::step(&facts, &bounds, now.as_millisecond());
-            if let Step::Mark {
-                state: release::State::Fenced,
-                ..
-            } = step
-                && let Some(policy) = &seen.policy
-                && let Some(count) = staying.get_mut(policy)
-            {
-                *count = count.saturating_sub(1);
-            }
-            next = sooner(next, self.take(seen, step, now).await);
-        }
-        next
-    }
-
-    /// Carries out one step.
-    async fn take(&mut self, seen: &Seen, step: Step, now: Timestamp) -> Option<Duration> {
-        let name = seen.node.name_any();
-        let uid = seen.node.uid().unwrap_or_default();
-        let result = match step {
-            Step::Stay { again_in } => return again_in,
-            Step::Tell { reason } => {
-                if self.told.insert(uid) {
-                    let note = format!("dry run: it would be released: {reason}");
-                    self.tell_node(&seen.node, "WouldRelease", &note);
-                }
-                return None;
-            }
-            Step::Mark { state, reason } => {
-                let result = self.mark(seen, Some((state, &reason)), now).await;
-                if result.is_ok() {
-                    match state {
-                        release::State::Fenced => self.tell_node(&seen.node, "Fenced", &reason),
-                        _ => tracing::info!(node = name, ?state, reason, "a node is on its way out"),
-                    }
-                }
-                result.map_err(|error| error.to_string())
-            }
-            Step::Restore { reason } => {
-                let result = self.mark(seen, None, now).await;
-                if result.is_ok() {
-                    if reason.contains("does not know it") {
-                        self.groups.shun(&uid);
-                    }
-                    // A candidate that is used again is nobody's news.
-                    if seen.standing() == Standing::Candidate {
-                        tracing::info!(node = name, reason, "a node stays");
-                    } else {
-                        self.tell_node(&seen.node, "Kept", &reason);
-                    }
-                }
-                result.map_err(|error| error.to_string())
-            }
-            Step::Remove { reason } => self.remove(seen, &reason, now).await,
-            Step::Removed { reason } => self
-                .mark(seen, Some((release::State::Released, &reason)), now)
-                .await
-                .map_err(|error| error.to_string()),
-        };
-        match result {
-            Ok(()) => self.backoff.went_well(&name),
-            Err(error) => {
-                tracing::warn!(node = name, error, "a step with a node failed; trying again");
-                self.context.failed(Self::PART);
-                self.backoff.failed(&name);
-            }
-        }
-        None
-    }
-
-    async fn mark(
-        &self,
-        seen: &Seen,
-        mark: Option<(release::State, &str)>,
-        now: Timestamp,
-    ) -> Result<(), CallError> {
-        if !self.context.leads() {
-            return Err(CallError::Conflict);
-        }
-        let mark = mark.map(|(state, reason)| release::Mark {
-            state,
-            since_ms: now.as_millisecond(),
-            reason: reason.to_owned(),
-        });
-        marks::write(&self.context.client, &seen.node, mark.as_ref()).await
-    }
-
-    /// Asks the provider to remove a node whose mark says so already.
-    async fn remove(&mut self, seen: &Seen, reason: &str, now: Timestamp) -> Result<(), String> {
-        let name = seen.node.name_any();
-        let Some(group) = seen
-            .policy
-            .as_ref()
-            .and_then(|policy| self.groups.get_mut(policy))
-        else {
-            return Ok(());
-        };
-        if !self.context.leads() {
-            return Ok(());
-        }
-        let (provider, at) = group.provider().map_err(|error| error.to_string())?;
-        let removed: Result<(), ProviderError> = provider.remove(&at, &name, reason).await;
-        // Whatever came of it, what the provider said before is old now.
-        group.forget_listing();
-        removed.map_err(|error| error.to_string())?;
-        group.note_removed(&seen.node);
-        self.context.metrics.nodes_released.inc();
-        self.tell_node(&seen.node, "Released", reason);
-        self.mark(seen, Some((release::State::Released, reason)), now)
-            .await
-            .map_err(|error| error.to_string())
-    }
-
-    fn tell_node(&self, node: &Node, reason: &'static str, note: &str) {
-        tracing::info!(node = node.name_any(), reason = note, "{reason}");
-        self.context.events.tell(Told {
-            regarding: events::reference(node),
-            warning: false,
-            reason,
-            note: note.to_owned(),
-        });
-    }
 }
 
 /// The group as the simulation sees it; `None`: it cannot have nodes now.
@@ -475,7 +304,7 @@ impl Reconciler for Nodes {
         let all = view.pods.all();
         let pods = PodsByNode::new(&all);
         let expected = self.expected();
-        let seen = self.look(&pods, &expected, now);
+        let seen = self.look(&rooms::leaving(&all, now));
         let busy = seen.iter().any(|seen| {
             matches!(
                 seen.mark.as_ref().map(|mark| mark.state),

@@ -1,6 +1,8 @@
 //! Services that go through the gates: selector key, gate ports, the slice beside them, and a headless twin with the
 //! old selector for scrapers and port-forwards.
 
+mod actions;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,18 +10,18 @@ use std::time::Duration;
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
-use kube::{Api, ResourceExt};
+use kube::ResourceExt;
 use serde_json::json;
 use tokio::time::Instant;
 
+use self::actions::{Action, carry_out, key};
 use super::facts::{self, ByNamespace};
 use super::gates::LinkedGate;
 use super::headless;
 use super::metrics::Part;
 use super::reconcile::{Backoff, Context, Reconciler, sooner};
 use crate::api::{annotations, names};
-use crate::cluster::call::{CallError, limited};
+use crate::cluster::call::CallError;
 use crate::cluster::events::{self, Told};
 use crate::cluster::slices;
 use crate::cluster::workloads::service_facts;
@@ -33,32 +35,6 @@ const SETTLING: Duration = Duration::from_secs(4);
 const OVERLAP: Duration = Duration::from_secs(2);
 /// Writes at a time.
 const CONCURRENCY: usize = 8;
-
-/// One write, decided on.
-enum Action {
-    /// Key, annotation or both, at the version that was read.
-    Patch {
-        service: Arc<Service>,
-        patch: serde_json::Value,
-    },
-    /// The slice is missing.
-    Create {
-        slice: Box<EndpointSlice>,
-        reason: &'static str,
-    },
-    /// The slice says something else.
-    Replace {
-        slice: Box<EndpointSlice>,
-        resource_version: Option<String>,
-        reason: &'static str,
-    },
-    /// The slice is not wanted any more, or has to be made anew.
-    Delete { slice: Arc<EndpointSlice> },
-    /// The headless twin is missing.
-    Twin { service: Box<Service> },
-    /// The twin is not wanted any more.
-    DeleteTwin { service: Arc<Service> },
-}
 
 /// Keeps all gated Services as they have to be.
 pub struct Services {
@@ -408,77 +384,6 @@ impl Reconciler for Services {
     }
 }
 
-async fn carry_out(context: &Context, action: Action) -> Result<(), CallError> {
-    if !context.leads() {
-        return Err(CallError::Conflict);
-    }
-    let client = context.client.clone();
-    let params = PostParams {
-        field_manager: Some(names::CONTROLLER.to_owned()),
-        ..PostParams::default()
-    };
-    match action {
-        Action::Patch { service, patch } => {
-            let api: Api<Service> = Api::namespaced(client, &service.namespace().unwrap_or_default());
-            let params = PatchParams {
-                field_manager: Some(names::CONTROLLER.to_owned()),
-                ..PatchParams::default()
-            };
-            limited(api.patch(&service.name_any(), &params, &Patch::Merge(&patch))).await?;
-        }
-        Action::Create { slice, reason } => {
-            let namespace = slice.namespace().unwrap_or_default();
-            let api: Api<EndpointSlice> = Api::namespaced(client, &namespace);
-            limited(api.create(&params, &slice)).await?;
-            log(&slice, reason);
-        }
-        Action::Replace {
-            mut slice,
-            resource_version,
-            reason,
-        } => {
-            slice.metadata.resource_version = resource_version;
-            let namespace = slice.namespace().unwrap_or_default();
-            let api: Api<EndpointSlice> = Api::namespaced(client, &namespace);
-            limited(api.replace(&slice.name_any(), &params, &slice)).await?;
-            log(&slice, reason);
-        }
-        Action::Delete { slice } => {
-            let api: Api<EndpointSlice> = Api::namespaced(client, &slice.namespace().unwrap_or_default());
-            limited(api.delete(&slice.name_any(), &this_one(slice.as_ref()))).await?;
-        }
-        Action::Twin { service } => {
-            let api: Api<Service> = Api::namespaced(client, &service.namespace().unwrap_or_default());
-            limited(api.create(&params, &service)).await?;
-        }
-        Action::DeleteTwin { service } => {
-            let api: Api<Service> = Api::namespaced(client, &service.namespace().unwrap_or_default());
-            limited(api.delete(&service.name_any(), &this_one(service.as_ref()))).await?;
-        }
-    }
-    Ok(())
-}
-
-fn this_one(object: &impl ResourceExt) -> DeleteParams {
-    DeleteParams {
-        preconditions: Some(Preconditions {
-            uid: object.uid(),
-            resource_version: None,
-        }),
-        ..DeleteParams::default()
-    }
-}
-
-fn log(slice: &EndpointSlice, reason: &str) {
-    let targets: Vec<&String> = slice
-        .endpoints
-        .iter()
-        .flat_map(|endpoint| &endpoint.addresses)
-        .take(10)
-        .collect();
-    tracing::info!(slice = key(slice), ?targets, reason, "wrote a slice");
-}
-
 /// The gates as candidates for one Service.
 fn candidates(
     service: &Service,
@@ -535,8 +440,4 @@ fn selects(service: &Service, pod: &Pod) -> bool {
             .peekable();
         own.peek().is_some() && own.all(|(key, value)| labels.get(key) == Some(value))
     })
-}
-
-fn key(object: &impl ResourceExt) -> String {
-    format!("{}/{}", object.namespace().unwrap_or_default(), object.name_any())
 }

@@ -1,0 +1,256 @@
+//! What is answered to filter, prioritize and preempt: bytes in, bytes out, and nothing but the ledger asked.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::refused::Refused;
+use super::wire::{self, Candidates};
+use crate::api::gpu_request::GpuRequest;
+use crate::api::units::PodUid;
+use crate::cluster::ledger_feed::SharedLedger;
+use crate::plan::ledger::{Claim, Entry, Ledger, NodeState, Shut, Stage};
+use crate::plan::placement::{self, Choice, NodeRefusal, Reasons};
+
+/// A winner's reservation stands this long without a bind; the scheduler's own bind comes within milliseconds, after
+/// minutes at most where a volume has to be made first, and then bind looks for room again.
+const RESERVED: Duration = Duration::from_secs(10);
+/// What every node is refused with while nobody leads.
+pub(super) const NO_LEADER: &str =
+    "Ebb's controller is choosing a new leader; the pod is tried again as soon as there is one";
+
+/// An answer's bytes, or why the body is no request.
+pub(super) type Answer = serde_json::Result<Vec<u8>>;
+
+/// What the answers are made from.
+#[derive(Clone, Copy)]
+pub(super) struct Desk<'a> {
+    pub(super) ledger: &'a SharedLedger,
+    pub(super) refused: &'a Refused,
+    pub(super) now_ms: u64,
+}
+
+impl Desk<'_> {
+    fn reserved(self) -> Stage {
+        Stage::Reserved {
+            until_ms: self.now_ms.saturating_add(super::millis(RESERVED)),
+        }
+    }
+}
+
+/// The verbs that only ask the ledger.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Verb {
+    Filter,
+    Prioritize,
+    Preempt,
+}
+
+impl Verb {
+    /// The answer of a replica that leads.
+    pub(super) fn here(self, desk: Desk<'_>, body: &[u8]) -> Answer {
+        match self {
+            Verb::Filter => filter(desk, body),
+            Verb::Prioritize => prioritize(desk, body),
+            Verb::Preempt => preempt(desk, body),
+        }
+    }
+
+    /// The answer while nobody leads. A refused connection would put the pod into the scheduler's growing back-off,
+    /// which no event shortens; these refusals are tried again with the next Node event, which the new leader causes.
+    pub(super) fn away(self, body: &[u8]) -> Answer {
+        match self {
+            Verb::Filter => {
+                let (_, candidates) = serde_json::from_slice::<wire::Args>(body)?.split()?;
+                let nobody = |_: usize| false;
+                let mut result = passing(&candidates, nobody);
+                result.failed_nodes = candidates
+                    .names
+                    .into_iter()
+                    .map(|name| (name, NO_LEADER.to_owned()))
+                    .collect();
+                serde_json::to_vec(&result)
+            }
+            Verb::Prioritize => {
+                let (_, candidates) = serde_json::from_slice::<wire::Args>(body)?.split()?;
+                serde_json::to_vec(&unranked(candidates.names))
+            }
+            Verb::Preempt => {
+                serde_json::from_slice::<wire::PreemptArgs>(body)?;
+                serde_json::to_vec(&wire::PreemptResult {
+                    node_name_to_meta_victims: BTreeMap::new(),
+                })
+            }
+        }
+    }
+}
+
+fn filter(desk: Desk<'_>, body: &[u8]) -> Answer {
+    let (pod, candidates) = serde_json::from_slice::<wire::Args>(body)?.split()?;
+    let request = match pod.request() {
+        Ok(Some(request)) => request,
+        Ok(None) => return serde_json::to_vec(&passing(&candidates, |_| true)),
+        Err(error) => {
+            return serde_json::to_vec(&wire::FilterResult {
+                error: error.to_string(),
+                ..passing(&candidates, |_| false)
+            });
+        }
+    };
+    let uid = PodUid::from(pod.uid());
+    // One lock for the answer and what it reserves, so that nobody comes between.
+    let (fits, freed) = desk.ledger.update(|ledger| {
+        ledger.expire(desk.now_ms);
+        let fits: Vec<Result<Choice, NodeRefusal>> = candidates
+            .names
+            .iter()
+            .map(|name| fit(ledger, name, &request, &uid))
+            .collect();
+        // The scheduler asks nobody to prioritize a single node.
+        let mut fitting = (0..fits.len()).filter(|index| fits[*index].is_ok());
+        if let (Some(only), None) = (fitting.next(), fitting.next())
+            && let (Some(node), Ok(choice)) = (ledger.node(&candidates.names[only]), &fits[only])
+        {
+            let node = node.name().clone();
+            ledger.hold(&node, entry(&pod, &uid, &request, choice), desk.reserved());
+        }
+        (fits, ledger.freed())
+    });
+    let mut result = passing(&candidates, |index| fits[index].is_ok());
+    if fits.iter().any(Result::is_ok) {
+        desk.refused.forget(&uid);
+    } else {
+        desk.refused.remember(&uid, &pod, &request, freed);
+    }
+    let mut reasons = Reasons::default();
+    for refusal in fits.iter().filter_map(|fit| fit.as_ref().err()) {
+        reasons.see(refusal);
+    }
+    for (name, fit) in candidates.names.into_iter().zip(&fits) {
+        let Err(refusal) = fit else { continue };
+        let list = if refusal.evicting_could_help() {
+            &mut result.failed_nodes
+        } else {
+            &mut result.failed_and_unresolvable_nodes
+        };
+        list.insert(name, reasons.text(refusal));
+    }
+    serde_json::to_vec(&result)
+}
+
+fn prioritize(desk: Desk<'_>, body: &[u8]) -> Answer {
+    let (pod, candidates) = serde_json::from_slice::<wire::Args>(body)?.split()?;
+    let Ok(Some(request)) = pod.request() else {
+        return serde_json::to_vec(&unranked(candidates.names));
+    };
+    let uid = PodUid::from(pod.uid());
+    let scores: Vec<u8> = desk.ledger.update(|ledger| {
+        let mut scores = vec![0; candidates.names.len()];
+        let mut at = Vec::with_capacity(scores.len());
+        let mut fitting: Vec<(&NodeState, Choice)> = Vec::with_capacity(scores.len());
+        for (index, name) in candidates.names.iter().enumerate() {
+            if let Some(node) = ledger.node(name)
+                && let Ok(choice) = placement::fit(node, &request, Some(&uid))
+            {
+                at.push(index);
+                fitting.push((node, choice));
+            }
+        }
+        let (given, winner) = placement::scores(&fitting);
+        for (index, score) in at.into_iter().zip(given) {
+            scores[index] = score;
+        }
+        if let Some(winner) = winner {
+            let (node, choice) = &fitting[winner];
+            let (node, entry) = (node.name().clone(), entry(&pod, &uid, &request, choice));
+            ledger.hold(&node, entry, desk.reserved());
+        }
+        scores
+    });
+    let ranked: Vec<wire::HostPriority> = candidates
+        .names
+        .into_iter()
+        .zip(scores)
+        .map(|(host, score)| wire::HostPriority { host, score })
+        .collect();
+    serde_json::to_vec(&ranked)
+}
+
+/// Keeps the nodes where the GPUs have room once the victims are gone; nobody is evicted for nothing.
+fn preempt(desk: Desk<'_>, body: &[u8]) -> Answer {
+    let (pod, mut victims) = serde_json::from_slice::<wire::PreemptArgs>(body)?.split();
+    let uid = pod.uid();
+    if let Ok(Some(request)) = pod.request() {
+        desk.ledger.read(|ledger| {
+            victims.retain(|name, victims| {
+                let evicted: Vec<&str> = victims
+                    .pods
+                    .iter()
+                    .flatten()
+                    .map(|victim| &*victim.uid.0)
+                    .collect();
+                let absent = |other: &PodUid| other.as_str() == uid || evicted.contains(&other.as_str());
+                ledger
+                    .node(&name.0)
+                    .is_some_and(|node| placement::fit_without(node, &request, &absent).is_ok())
+            });
+        });
+    }
+    serde_json::to_vec(&wire::PreemptResult {
+        node_name_to_meta_victims: victims,
+    })
+}
+
+fn fit(ledger: &Ledger, name: &str, request: &GpuRequest, asker: &PodUid) -> Result<Choice, NodeRefusal> {
+    match ledger.node(name) {
+        Some(node) => placement::fit(node, request, Some(asker)),
+        // The scheduler may know a Node that our own watch has not brought yet.
+        None => Err(NodeRefusal::Shut(Shut::NoInventory)),
+    }
+}
+
+fn entry(pod: &wire::Pod<'_>, uid: &PodUid, request: &GpuRequest, choice: &Choice) -> Entry {
+    Entry {
+        uid: uid.clone(),
+        namespace: pod.namespace().into(),
+        name: pod.name().into(),
+        claim: Claim::of(request, choice.gpus.clone()),
+    }
+}
+
+fn unranked(names: Vec<Cow<'_, str>>) -> Vec<wire::HostPriority<'_>> {
+    names
+        .into_iter()
+        .map(|host| wire::HostPriority { host, score: 0 })
+        .collect()
+}
+
+/// The candidates that pass, in the form they came in.
+fn passing<'a>(candidates: &Candidates<'a>, passes: impl Fn(usize) -> bool) -> wire::FilterResult<'a> {
+    match &candidates.objects {
+        Some(objects) => wire::FilterResult {
+            nodes: Some(wire::Nodes {
+                items: objects
+                    .iter()
+                    .enumerate()
+                    .filter(|(index, _)| passes(*index))
+                    .map(|(_, object)| *object)
+                    .collect(),
+                ..wire::Nodes::default()
+            }),
+            ..wire::FilterResult::default()
+        },
+        None => wire::FilterResult {
+            node_names: Some(
+                candidates
+                    .names
+                    .iter()
+                    .enumerate()
+                    .filter(|(index, _)| passes(*index))
+                    .map(|(_, name)| name.clone())
+                    .collect(),
+            ),
+            ..wire::FilterResult::default()
+        },
+    }
+}

@@ -1,0 +1,136 @@
+//! What the ledger is told: nodes, inventories and pods as they are now, and what a pod has on GPUs.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use crate::api::gpu_request::{GpuRequest, Sharing};
+use crate::api::units::{Bytes, GpuId, NodeName, PodUid};
+
+/// Something became so. Applying the same event twice changes nothing.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// A Node is like this now.
+    Node(NodeFacts),
+    /// The Node was deleted.
+    NodeGone(NodeName),
+    /// The agent of a node says this now.
+    Inventory(Inventory),
+    /// The node has no inventory any more.
+    InventoryGone(NodeName),
+    /// A pod that asks for GPU memory is like this now.
+    Pod(PodFacts),
+    /// The pod was deleted: its containers have ended and the API forgot it.
+    PodGone(PodUid),
+}
+
+/// Why a node takes no new pods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Fence {
+    /// Ebb empties it.
+    Releasing,
+    /// `spec.unschedulable`.
+    Cordoned,
+    /// It has a deletion time.
+    Deleting,
+}
+
+impl fmt::Display for Fence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Fence::Releasing => "being emptied for release",
+            Fence::Cordoned => "cordoned",
+            Fence::Deleting => "being deleted",
+        })
+    }
+}
+
+/// What matters about a Node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeFacts {
+    /// Its name.
+    pub name: NodeName,
+    /// Whether it takes new pods.
+    pub fence: Option<Fence>,
+}
+
+/// The GPUs of a node.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Inventory {
+    /// The node's name.
+    pub node: NodeName,
+    /// Why nothing can be put on any of them, where that is so.
+    pub closed: Option<Arc<str>>,
+    /// The GPUs, in any order.
+    pub gpus: Vec<GpuFacts>,
+}
+
+/// One GPU as its agent sees it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GpuFacts {
+    /// Its UUID.
+    pub id: GpuId,
+    /// Its index on the node.
+    pub index: u32,
+    /// The card's memory − what the driver keeps.
+    pub usable: Bytes,
+    /// Memory in use by all processes together, where NVML can say.
+    pub used: Option<Bytes>,
+    /// Memory in use by processes that are no pod of ours, where that is known apart.
+    pub foreign: Option<Bytes>,
+    /// Memory in use by each pod, for those where it is known.
+    pub used_by: BTreeMap<PodUid, Bytes>,
+    /// Why nothing new can be put on it, where that is so.
+    pub closed: Option<Arc<str>>,
+}
+
+/// What matters about a pod.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PodFacts {
+    /// What it has on GPUs, and whose it is.
+    pub entry: Entry,
+    /// The node it is bound to. A pod without one has nothing yet.
+    pub node: Option<NodeName>,
+    /// `Succeeded` or `Failed`: its containers have ended for good. A terminating pod's have not.
+    pub finished: bool,
+}
+
+/// What one pod has on the GPUs of its node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The pod's UID.
+    pub uid: PodUid,
+    /// The pod's namespace.
+    pub namespace: Arc<str>,
+    /// The pod's name.
+    pub name: Arc<str>,
+    /// What it has there.
+    pub claim: Claim,
+}
+
+/// Bytes on GPUs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// Which GPUs; `None` for a pod that somebody else bound, which could be on any of its node.
+    pub gpus: Option<Vec<GpuId>>,
+    /// Bytes on each of them.
+    pub bytes_per_gpu: Bytes,
+    /// Whether others can be beside it.
+    pub sharing: Sharing,
+}
+
+impl Claim {
+    /// This request on these GPUs.
+    #[must_use]
+    pub fn of(request: &GpuRequest, gpus: Vec<GpuId>) -> Claim {
+        Claim {
+            gpus: Some(gpus),
+            bytes_per_gpu: request.bytes_per_gpu,
+            sharing: request.sharing,
+        }
+    }
+}
+
+/// The GPUs that a node has, or would have: usable bytes of each.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeShape(pub Vec<Bytes>);

@@ -1,0 +1,168 @@
+//! The ledger: what is free on every GPU of the cluster, and who has the rest.
+//!
+//! Per GPU, `free = usable − foreign − Σ max(declared, used)` over the pods on it. `usable` is the card's memory without
+//! what the driver keeps; `foreign` is used by processes that are no pod of ours. A figure that NVML cannot give is
+//! unknown, not zero: then the declared bytes stand, and what the whole card is known to use beyond them counts as
+//! foreign.
+//!
+//! A pod is entered from the moment its Binding is on the way ([`Ledger::hold`]) and stays until it is gone from the API
+//! or has finished: a terminating pod still has its memory. Every event says how something *is*, so that any of them can
+//! come twice, and a ledger made from scratch out of the same objects is equal to one that lived through all changes.
+
+mod facts;
+mod holds;
+mod node;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{HashMap, HashSet, VecDeque};
+
+pub use facts::{Claim, Entry, Event, Fence, GpuFacts, Inventory, NodeFacts, NodeShape, PodFacts};
+pub use holds::{Hold, Stage};
+pub use node::{GpuState, NodeState, Shut};
+
+use crate::api::units::{NodeName, PodUid};
+
+/// Deleted pods that are remembered, so that a list which was read before the deletion does not bring one back.
+const REMEMBERED_GONE: usize = 4096;
+
+/// All nodes with their GPUs and everyone on them.
+#[derive(Clone, Debug, Default)]
+pub struct Ledger {
+    nodes: HashMap<NodeName, NodeState>,
+    bound: HashMap<PodUid, NodeName>,
+    holds: HashMap<PodUid, Hold>,
+    gone: HashSet<PodUid>,
+    gone_order: VecDeque<PodUid>,
+    freed: u64,
+}
+
+impl Ledger {
+    /// A ledger made from scratch.
+    #[must_use]
+    pub fn rebuild(events: impl IntoIterator<Item = Event>) -> Ledger {
+        let mut ledger = Ledger::default();
+        for event in events {
+            ledger.apply(event);
+        }
+        ledger
+    }
+
+    /// Enters how something is now.
+    pub fn apply(&mut self, event: Event) {
+        match event {
+            Event::Node(facts) => self.change(&facts.name.clone(), |node| {
+                node.exists = true;
+                node.fence = facts.fence;
+            }),
+            Event::NodeGone(name) => self.change(&name, |node| {
+                node.exists = false;
+                node.fence = None;
+            }),
+            Event::Inventory(inventory) => {
+                self.change(&inventory.node.clone(), |node| {
+                    node.inventory = Some(inventory);
+                    node.departed.clear();
+                });
+            }
+            Event::InventoryGone(name) => self.change(&name, |node| {
+                node.inventory = None;
+                node.departed.clear();
+            }),
+            Event::Pod(facts) => self.pod(facts),
+            Event::PodGone(uid) => {
+                self.forget(&uid);
+                self.release(&uid);
+                if self.gone.insert(uid.clone()) {
+                    self.gone_order.push_back(uid);
+                }
+                if self.gone_order.len() > REMEMBERED_GONE
+                    && let Some(oldest) = self.gone_order.pop_front()
+                {
+                    self.gone.remove(&oldest);
+                }
+            }
+        }
+    }
+
+    fn pod(&mut self, facts: PodFacts) {
+        let uid = facts.entry.uid.clone();
+        if self.gone.contains(&uid) {
+            return;
+        }
+        // A pod never leaves the node it is bound to, so one without a node is either not bound yet or old news;
+        // neither says anything about a Binding that is on its way.
+        let Some(name) = facts.node else { return };
+        if self.bound.get(&uid).is_some_and(|earlier| *earlier != name) {
+            self.forget(&uid);
+        }
+        if facts.finished {
+            self.forget(&uid);
+            self.release(&uid);
+            return;
+        }
+        self.bound.insert(uid.clone(), name.clone());
+        self.change(&name, |node| {
+            node.pods.insert(uid.clone(), facts.entry);
+            node.holds.remove(&uid);
+        });
+        self.release(&uid);
+    }
+
+    /// Takes the pod's entry off.
+    fn forget(&mut self, uid: &PodUid) {
+        if let Some(name) = self.bound.remove(uid) {
+            self.change(&name, |node| node.depart(uid));
+        }
+    }
+
+    fn change(&mut self, name: &NodeName, change: impl FnOnce(&mut NodeState)) {
+        let node = self
+            .nodes
+            .entry(name.clone())
+            .or_insert_with(|| NodeState::new(name.clone()));
+        let was_open = node.shut().is_none();
+        change(node);
+        let freed = node.refresh(was_open);
+        if node.blank() {
+            self.nodes.remove(name);
+        }
+        if freed {
+            self.freed += 1;
+        }
+    }
+
+    /// The node of that name.
+    #[must_use]
+    pub fn node(&self, name: &str) -> Option<&NodeState> {
+        self.nodes.get(name)
+    }
+
+    /// All nodes, in no particular order.
+    pub fn nodes(&self) -> impl Iterator<Item = &NodeState> {
+        self.nodes.values()
+    }
+
+    /// Pods bound to a node, by UID.
+    pub fn node_pods(&self, name: &str) -> impl Iterator<Item = &Entry> {
+        self.node(name).into_iter().flat_map(NodeState::pods)
+    }
+
+    /// The node that a pod is bound to, and what it has there.
+    #[must_use]
+    pub fn pod_entry(&self, uid: &PodUid) -> Option<(&NodeName, &Entry)> {
+        let name = self.bound.get(uid)?;
+        Some((name, self.nodes.get(name)?.pods.get(uid)?))
+    }
+
+    /// UIDs of all pods that are entered as bound.
+    pub fn bound_pods(&self) -> impl Iterator<Item = &PodUid> {
+        self.bound.keys()
+    }
+
+    /// Grows whenever a new pod can have more somewhere than before.
+    #[must_use]
+    pub fn freed(&self) -> u64 {
+        self.freed
+    }
+}

@@ -1,0 +1,250 @@
+//! One node's page of the ledger: who is on its GPUs, and what is free on each.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::facts::{Entry, Fence, Inventory, NodeShape};
+use crate::api::gpu_request::Sharing;
+use crate::api::units::{Bytes, GpuId, NodeName, PodUid};
+
+/// Why a node as a whole takes nothing new.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Shut {
+    /// There is no such Node.
+    NoNode,
+    /// No agent told of its GPUs.
+    NoInventory,
+    /// Its agent says why.
+    Closed(Arc<str>),
+    /// The Node itself is fenced.
+    Fenced(Fence),
+}
+
+/// A node with its GPUs and everyone on them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NodeState {
+    pub(super) name: NodeName,
+    pub(super) exists: bool,
+    pub(super) fence: Option<Fence>,
+    pub(super) inventory: Option<Inventory>,
+    pub(super) pods: BTreeMap<PodUid, Entry>,
+    pub(super) holds: BTreeMap<PodUid, Entry>,
+    /// Pods that went since the inventory was read: what they used is counted in it, and is free.
+    pub(super) departed: Vec<Entry>,
+    gpus: Vec<GpuState>,
+}
+
+/// One GPU with what is free on it now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GpuState {
+    /// Its UUID.
+    pub id: GpuId,
+    /// Its index on the node.
+    pub index: u32,
+    /// What pods can have of it in all.
+    pub usable: Bytes,
+    /// What a new pod can have of it.
+    pub free: Bytes,
+    /// In use beyond what the pods on it declared or are known to use.
+    pub foreign: Bytes,
+    /// Pods on it, reservations included.
+    pub tenants: usize,
+    /// Whether one of them has the whole card.
+    pub whole: bool,
+    /// Why nothing new can be put on it, where that is so.
+    pub closed: Option<Arc<str>>,
+}
+
+impl NodeState {
+    pub(super) fn new(name: NodeName) -> Self {
+        Self {
+            name,
+            exists: false,
+            fence: None,
+            inventory: None,
+            pods: BTreeMap::new(),
+            holds: BTreeMap::new(),
+            departed: Vec::new(),
+            gpus: Vec::new(),
+        }
+    }
+
+    /// The node's name.
+    #[must_use]
+    pub fn name(&self) -> &NodeName {
+        &self.name
+    }
+
+    /// Its GPUs by index.
+    #[must_use]
+    pub fn gpus(&self) -> &[GpuState] {
+        &self.gpus
+    }
+
+    /// Pods bound to it, by UID.
+    pub fn pods(&self) -> impl Iterator<Item = &Entry> {
+        self.pods.values()
+    }
+
+    /// Pods bound to it by somebody else, so that nobody knows on which GPU they are.
+    pub fn unassigned(&self) -> impl Iterator<Item = &Entry> {
+        self.pods.values().filter(|entry| entry.claim.gpus.is_none())
+    }
+
+    /// Whether something is held on it for this pod.
+    #[must_use]
+    pub fn holds_for(&self, uid: &PodUid) -> bool {
+        self.holds.contains_key(uid)
+    }
+
+    /// Whether no pod is on it or about to be.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.pods.is_empty() && self.holds.is_empty()
+    }
+
+    /// Whether its agent has told of its GPUs, and of nothing that closes all of them.
+    #[must_use]
+    pub fn is_told(&self) -> bool {
+        self.inventory
+            .as_ref()
+            .is_some_and(|inventory| inventory.closed.is_none())
+    }
+
+    /// Whether it takes nothing new, and why.
+    #[must_use]
+    pub fn shut(&self) -> Option<Shut> {
+        if !self.exists {
+            return Some(Shut::NoNode);
+        }
+        if let Some(fence) = self.fence {
+            return Some(Shut::Fenced(fence));
+        }
+        match &self.inventory {
+            None => Some(Shut::NoInventory),
+            Some(inventory) => inventory.closed.clone().map(Shut::Closed),
+        }
+    }
+
+    /// What it would offer if it were empty: its GPUs that work.
+    #[must_use]
+    pub fn shape(&self) -> NodeShape {
+        NodeShape(
+            self.gpus
+                .iter()
+                .filter(|gpu| gpu.closed.is_none())
+                .map(|gpu| gpu.usable)
+                .collect(),
+        )
+    }
+
+    /// Bytes that are free on all its GPUs together.
+    #[must_use]
+    pub fn free(&self) -> Bytes {
+        self.gpus.iter().map(|gpu| gpu.free).sum()
+    }
+
+    /// Bytes that pods can have on all its GPUs together.
+    #[must_use]
+    pub fn usable(&self) -> Bytes {
+        self.gpus.iter().map(|gpu| gpu.usable).sum()
+    }
+
+    /// Its GPUs as they would be if these pods were not there.
+    #[must_use]
+    pub fn gpus_without(&self, absent: &dyn Fn(&PodUid) -> bool) -> Vec<GpuState> {
+        let Some(inventory) = &self.inventory else {
+            return Vec::new();
+        };
+        let there = || {
+            self.pods
+                .values()
+                .chain(self.holds.values())
+                .filter(|e| !absent(&e.uid))
+        };
+        // Nobody knows where an unassigned pod is, so it counts on every GPU: too much rather than too little.
+        let anywhere: Bytes = there()
+            .filter(|e| e.claim.gpus.is_none())
+            .map(|e| e.claim.bytes_per_gpu)
+            .sum();
+        let all_taken = there().any(|e| e.claim.gpus.is_none() && e.claim.sharing == Sharing::Exclusive);
+        let mut gpus: Vec<GpuState> = inventory
+            .gpus
+            .iter()
+            .map(|gpu| {
+                let on = |entry: &&Entry| {
+                    let gpus = entry.claim.gpus.as_ref();
+                    gpus.is_some_and(|gpus| gpus.contains(&gpu.id))
+                };
+                let held = |entry: &Entry| {
+                    let used = gpu.used_by.get(&entry.uid).copied().unwrap_or_default();
+                    entry.claim.bytes_per_gpu.max(used)
+                };
+                let declared: Bytes = there().filter(on).map(held).sum();
+                // What an absent pod has now, it would give back; what one had that went since, it has given back.
+                let given_back: Bytes = self
+                    .pods
+                    .values()
+                    .filter(|e| absent(&e.uid))
+                    .chain(&self.departed)
+                    .filter(|e| e.claim.gpus.is_none() || on(e))
+                    .map(held)
+                    .sum();
+                // Without figures per process, whatever exceeds the declared bytes is somebody's, and not free.
+                let used = gpu.used.unwrap_or_default().saturating_sub(given_back);
+                let foreign = gpu
+                    .foreign
+                    .unwrap_or_else(|| used.saturating_sub(declared.saturating_add(anywhere)));
+                let occupied = declared
+                    .saturating_add(anywhere)
+                    .saturating_add(foreign)
+                    .max(used);
+                let taken = all_taken || there().filter(on).any(|e| e.claim.sharing == Sharing::Exclusive);
+                GpuState {
+                    id: gpu.id.clone(),
+                    index: gpu.index,
+                    usable: gpu.usable,
+                    free: if taken {
+                        Bytes(0)
+                    } else {
+                        gpu.usable.saturating_sub(occupied)
+                    },
+                    foreign,
+                    tenants: there().filter(|e| e.claim.gpus.is_none() || on(e)).count(),
+                    whole: taken,
+                    closed: gpu.closed.clone(),
+                }
+            })
+            .collect();
+        gpus.sort_by(|a, b| (a.index, &a.id).cmp(&(b.index, &b.id)));
+        gpus
+    }
+
+    /// Counts again. Tells whether a new pod can have more than before.
+    pub(super) fn refresh(&mut self, was_open: bool) -> bool {
+        let gpus = self.gpus_without(&|_| false);
+        let open = self.shut().is_none();
+        let room = |gpu: &GpuState| if gpu.closed.is_none() { gpu.free } else { Bytes(0) };
+        let before = |id: &GpuId| self.gpus.iter().find(|gpu| gpu.id == *id).map(room);
+        let freed = open
+            && gpus
+                .iter()
+                .any(|gpu| !was_open || room(gpu) > before(&gpu.id).unwrap_or_default());
+        self.gpus = gpus;
+        freed
+    }
+
+    /// Takes a bound pod off.
+    pub(super) fn depart(&mut self, uid: &PodUid) {
+        let entry = self.pods.remove(uid);
+        let read = |inventory: &Inventory| inventory.gpus.iter().any(|gpu| gpu.used.is_some());
+        if self.inventory.as_ref().is_some_and(read) {
+            self.departed.extend(entry);
+        }
+    }
+
+    /// Whether there is nothing left to know about it.
+    pub(super) fn blank(&self) -> bool {
+        !self.exists && self.inventory.is_none() && self.pods.is_empty() && self.holds.is_empty()
+    }
+}

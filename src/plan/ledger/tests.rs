@@ -1,0 +1,413 @@
+//! The ledger against a model that keeps nothing but the objects themselves.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::api::gpu_request::Sharing;
+use crate::api::units::{Bytes, GpuId};
+
+const NODES: u8 = 3;
+const GPUS: u8 = 3;
+const PODS: u8 = 6;
+
+fn name(node: u8) -> NodeName {
+    NodeName::from(format!("node-{node}").as_str())
+}
+
+fn uid(pod: u8) -> PodUid {
+    PodUid::from(format!("pod-{pod}").as_str())
+}
+
+fn gpu(node: u8, index: u8) -> GpuId {
+    GpuId::from(format!("GPU-{node}-{index}").as_str())
+}
+
+fn node_event() -> impl Strategy<Value = Event> {
+    let fence = prop_oneof![
+        3 => Just(None),
+        1 => prop_oneof![Just(Fence::Releasing), Just(Fence::Cordoned), Just(Fence::Deleting)].prop_map(Some),
+    ];
+    (0..NODES, fence).prop_map(|(node, fence)| {
+        Event::Node(NodeFacts {
+            name: name(node),
+            fence,
+        })
+    })
+}
+
+fn inventory_event() -> impl Strategy<Value = Event> {
+    let gpu_facts = (
+        10u64..40,
+        prop::option::of(0u64..50),
+        prop::option::of(0u64..10),
+        prop::bool::weighted(0.2),
+        prop::collection::btree_map(0..PODS, 0u64..30, 0..2),
+    );
+    (
+        0..NODES,
+        prop::bool::weighted(0.1),
+        prop::collection::vec(gpu_facts, 0..=usize::from(GPUS)),
+    )
+        .prop_map(|(node, closed, gpus)| {
+            Event::Inventory(Inventory {
+                node: name(node),
+                closed: closed.then(|| "no driver".into()),
+                gpus: (0u8..)
+                    .zip(gpus)
+                    .map(|(index, (usable, used, foreign, lost, used_by))| GpuFacts {
+                        id: gpu(node, index),
+                        index: index.into(),
+                        usable: Bytes(usable),
+                        used: used.map(Bytes),
+                        foreign: foreign.map(Bytes),
+                        used_by: used_by
+                            .into_iter()
+                            .map(|(pod, used)| (uid(pod), Bytes(used)))
+                            .collect(),
+                        closed: lost.then(|| "lost".into()),
+                    })
+                    .collect(),
+            })
+        })
+}
+
+fn claim(node: u8) -> impl Strategy<Value = Claim> {
+    (
+        prop::option::weighted(0.85, prop::collection::btree_set(0..GPUS, 1..=2)),
+        1u64..20,
+        prop::bool::weighted(0.15),
+    )
+        .prop_map(move |(gpus, bytes, exclusive)| Claim {
+            gpus: gpus.map(|gpus| gpus.into_iter().map(|index| gpu(node, index)).collect()),
+            bytes_per_gpu: Bytes(bytes),
+            sharing: if exclusive {
+                Sharing::Exclusive
+            } else {
+                Sharing::Shared
+            },
+        })
+}
+
+fn entry(pod: u8, claim: Claim) -> Entry {
+    Entry {
+        uid: uid(pod),
+        namespace: "models".into(),
+        name: format!("model-{pod}").into(),
+        claim,
+    }
+}
+
+fn pod_event() -> impl Strategy<Value = Event> {
+    // A pod has one node for life, as in Kubernetes.
+    (0..PODS, prop::bool::weighted(0.8), prop::bool::weighted(0.1)).prop_flat_map(
+        |(pod, is_bound, finished)| {
+            let node = pod % NODES;
+            claim(node).prop_map(move |claim| {
+                Event::Pod(PodFacts {
+                    entry: entry(pod, claim),
+                    node: is_bound.then(|| name(node)),
+                    finished: finished && is_bound,
+                })
+            })
+        },
+    )
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Told(Event),
+    Hold(u8, u8, Claim, Stage),
+    Release(u8),
+    Expire(u64),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let stage = prop_oneof![
+        (0u64..100).prop_map(|until_ms| Stage::Reserved { until_ms }),
+        (0u64..100).prop_map(|until_ms| Stage::Doubtful { until_ms }),
+        Just(Stage::Posted),
+        Just(Stage::Bound),
+    ];
+    prop_oneof![
+        2 => node_event().prop_map(Step::Told),
+        1 => (0..NODES).prop_map(|node| Step::Told(Event::NodeGone(name(node)))),
+        3 => inventory_event().prop_map(Step::Told),
+        1 => (0..NODES).prop_map(|node| Step::Told(Event::InventoryGone(name(node)))),
+        6 => pod_event().prop_map(Step::Told),
+        2 => (0..PODS).prop_map(|pod| Step::Told(Event::PodGone(uid(pod)))),
+        2 => (0..PODS, 0..NODES, stage).prop_flat_map(|(pod, node, stage)| {
+            claim(node).prop_map(move |claim| Step::Hold(pod, node, claim, stage))
+        }),
+        1 => (0..PODS).prop_map(Step::Release),
+        1 => (0u64..100).prop_map(Step::Expire),
+    ]
+}
+
+/// The objects as the API would list them.
+#[derive(Default)]
+struct Objects {
+    nodes: BTreeMap<NodeName, Event>,
+    inventories: BTreeMap<NodeName, Event>,
+    pods: BTreeMap<PodUid, PodFacts>,
+    gone: Vec<PodUid>,
+}
+
+impl Objects {
+    fn apply(&mut self, event: &Event) {
+        match event.clone() {
+            Event::Node(facts) => {
+                self.nodes.insert(facts.name.clone(), event.clone());
+            }
+            Event::NodeGone(name) => {
+                self.nodes.remove(&name);
+            }
+            Event::Inventory(inventory) => {
+                self.inventories.insert(inventory.node.clone(), event.clone());
+            }
+            Event::InventoryGone(name) => {
+                self.inventories.remove(&name);
+            }
+            Event::Pod(facts) => {
+                let uid = facts.entry.uid.clone();
+                let known = self.pods.get(&uid);
+                // Neither the node nor the end of a pod is ever taken back.
+                let goes_back = known.is_some_and(|known| {
+                    known.node.is_some() && facts.node.is_none() || known.finished && !facts.finished
+                });
+                if !self.gone.contains(&uid) && !goes_back {
+                    self.pods.insert(uid, facts);
+                }
+            }
+            Event::PodGone(uid) => {
+                self.pods.remove(&uid);
+                self.gone.push(uid);
+            }
+        }
+    }
+
+    fn events(&self, pods_first: bool) -> Vec<Event> {
+        let pods = self.pods.values().cloned().map(Event::Pod);
+        let nodes = self.nodes.values().chain(self.inventories.values()).cloned();
+        if pods_first {
+            pods.chain(nodes).collect()
+        } else {
+            nodes.chain(pods).collect()
+        }
+    }
+
+    /// Whether the API could send this now.
+    fn possible(&self, event: &Event) -> bool {
+        match event {
+            Event::Pod(facts) => !self
+                .pods
+                .get(&facts.entry.uid)
+                .is_some_and(|known| known.finished && !facts.finished),
+            _ => true,
+        }
+    }
+}
+
+fn run(steps: Vec<Step>) -> (Ledger, Objects) {
+    let (mut ledger, mut objects) = (Ledger::default(), Objects::default());
+    for step in steps {
+        match step {
+            Step::Told(event) if objects.possible(&event) => {
+                objects.apply(&event);
+                ledger.apply(event.clone());
+                if matches!(event, Event::Pod(_)) {
+                    ledger.apply(event);
+                }
+            }
+            Step::Told(_) => {}
+            Step::Hold(pod, node, claim, stage) => {
+                ledger.hold(&name(node), entry(pod, claim), stage);
+            }
+            Step::Release(pod) => ledger.release(&uid(pod)),
+            Step::Expire(now_ms) => ledger.expire(now_ms),
+        }
+    }
+    (ledger, objects)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 10_000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn equals_one_made_from_scratch(steps in prop::collection::vec(step(), 0..40), pods_first: bool) {
+        let (mut ledger, objects) = run(steps);
+        // Holds are no objects: they end with the process.
+        for hold in ledger.holds.keys().cloned().collect::<Vec<_>>() {
+            ledger.release(&hold);
+        }
+        // What pods took with them since the last reading is no object either: the next reading settles it.
+        for inventory in objects.inventories.values() {
+            ledger.apply(inventory.clone());
+        }
+        let fresh = Ledger::rebuild(objects.events(pods_first));
+        prop_assert_eq!(&ledger.nodes, &fresh.nodes);
+        prop_assert_eq!(&ledger.bound, &fresh.bound);
+        prop_assert!(fresh.holds.is_empty() && ledger.nodes.values().all(|node| node.holds.is_empty()));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1_000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn free_is_what_the_definition_says(steps in prop::collection::vec(step(), 0..40)) {
+        let (ledger, _) = run(steps);
+        for node in ledger.nodes() {
+            let entries: Vec<&Entry> = node.pods.values().chain(node.holds.values()).collect();
+            let inventory = node.inventory.iter().flat_map(|inventory| &inventory.gpus);
+            for (state, facts) in node.gpus().iter().zip(inventory) {
+                let on: Vec<_> = entries
+                    .iter()
+                    .filter(|e| e.claim.gpus.as_ref().is_none_or(|gpus| gpus.contains(&facts.id)))
+                    .collect();
+                let held: u64 = on
+                    .iter()
+                    .map(|e| {
+                        let used = facts.used_by.get(&e.uid).filter(|_| e.claim.gpus.is_some());
+                        e.claim.bytes_per_gpu.0.max(used.map_or(0, |used| used.0))
+                    })
+                    .sum();
+                let left: u64 = node
+                    .departed
+                    .iter()
+                    .filter(|e| e.claim.gpus.as_ref().is_none_or(|gpus| gpus.contains(&facts.id)))
+                    .map(|e| e.claim.bytes_per_gpu.0.max(facts.used_by.get(&e.uid).map_or(0, |used| used.0)))
+                    .sum();
+                let used = facts.used.map_or(0, |u| u.0).saturating_sub(left);
+                let occupied = (held + facts.foreign.map_or(0, |f| f.0)).max(used);
+                let whole = on.iter().any(|e| e.claim.sharing == Sharing::Exclusive);
+                let free = if whole { 0 } else { facts.usable.0.saturating_sub(occupied) };
+                prop_assert_eq!(state.free, Bytes(free));
+                prop_assert_eq!(state.tenants, on.len());
+            }
+        }
+        // Every bound pod and every hold is on exactly one page.
+        let pods: usize = ledger.nodes().map(|node| node.pods.len()).sum();
+        let holds: usize = ledger.nodes().map(|node| node.holds.len()).sum();
+        prop_assert_eq!((pods, holds), (ledger.bound.len(), ledger.holds.len()));
+        prop_assert!(ledger.holds.keys().all(|uid| !ledger.bound.contains_key(uid)));
+    }
+}
+
+fn one_gpu(used: Option<u64>) -> Ledger {
+    Ledger::rebuild([
+        Event::Node(NodeFacts {
+            name: name(0),
+            fence: None,
+        }),
+        inventory(used),
+    ])
+}
+
+fn inventory(used: Option<u64>) -> Event {
+    Event::Inventory(Inventory {
+        node: name(0),
+        closed: None,
+        gpus: vec![GpuFacts {
+            id: gpu(0, 0),
+            index: 0,
+            usable: Bytes(24),
+            used: used.map(Bytes),
+            foreign: None,
+            used_by: BTreeMap::new(),
+            closed: None,
+        }],
+    })
+}
+
+fn on_gpu(bytes: u64) -> Claim {
+    Claim {
+        gpus: Some(vec![gpu(0, 0)]),
+        bytes_per_gpu: Bytes(bytes),
+        sharing: Sharing::Shared,
+    }
+}
+
+fn bound(pod: u8, claim: Claim) -> Event {
+    Event::Pod(PodFacts {
+        entry: entry(pod, claim),
+        node: Some(name(0)),
+        finished: false,
+    })
+}
+
+fn free(ledger: &Ledger) -> u64 {
+    ledger.node("node-0").unwrap().free().0
+}
+
+#[test]
+fn unknown_use_is_not_zero_and_known_use_beyond_the_declared_is_not_free() {
+    let mut ledger = one_gpu(None);
+    ledger.apply(bound(0, on_gpu(10)));
+    assert_eq!(free(&ledger), 14);
+    ledger.apply(inventory(Some(16)));
+    assert_eq!(free(&ledger), 8);
+    assert_eq!(ledger.node("node-0").unwrap().gpus()[0].foreign, Bytes(6));
+    // The kubelet tells that a pod is gone after its containers have ended, so this reading is older than that.
+    let freed = ledger.freed();
+    ledger.apply(Event::PodGone(uid(0)));
+    assert_eq!(free(&ledger), 18);
+    assert!(ledger.freed() > freed);
+    // A reading that still counts it: its memory was not given back.
+    ledger.apply(inventory(Some(16)));
+    assert_eq!(free(&ledger), 8);
+    ledger.apply(inventory(Some(0)));
+    assert_eq!(free(&ledger), 24);
+}
+
+#[test]
+fn race_watch_before_the_answer_of_the_binding() {
+    let mut ledger = one_gpu(None);
+    assert!(ledger.hold(&name(0), entry(0, on_gpu(10)), Stage::Posted));
+    assert_eq!(free(&ledger), 14);
+    ledger.apply(bound(0, on_gpu(10)));
+    ledger.apply(Event::PodGone(uid(0)));
+    ledger.set_stage(&uid(0), Stage::Bound);
+    assert_eq!(free(&ledger), 24);
+    assert!(
+        !ledger.hold(&name(0), entry(0, on_gpu(10)), Stage::Posted),
+        "a gone pod gets no hold"
+    );
+}
+
+#[test]
+fn race_list_read_before_the_deletion_brings_no_pod_back() {
+    let mut ledger = one_gpu(None);
+    ledger.apply(bound(0, on_gpu(10)));
+    ledger.apply(Event::PodGone(uid(0)));
+    ledger.apply(bound(0, on_gpu(10)));
+    assert_eq!(free(&ledger), 24);
+}
+
+#[test]
+fn a_reservation_ends_and_a_binding_on_its_way_does_not() {
+    let mut ledger = one_gpu(None);
+    ledger.hold(&name(0), entry(0, on_gpu(10)), Stage::Posted);
+    assert!(!ledger.hold(&name(0), entry(0, on_gpu(1)), Stage::Reserved { until_ms: 5 }));
+    ledger.hold(&name(0), entry(1, on_gpu(4)), Stage::Reserved { until_ms: 5 });
+    assert_eq!(free(&ledger), 10);
+    ledger.expire(4);
+    assert_eq!(free(&ledger), 10);
+    ledger.expire(5);
+    assert_eq!(free(&ledger), 14);
+    ledger.expire(u64::MAX);
+    assert_eq!(free(&ledger), 14);
+}
+
+#[test]
+fn crash_of_a_node_leaves_no_ghost() {
+    let mut ledger = one_gpu(None);
+    ledger.apply(bound(0, on_gpu(10)));
+    ledger.apply(Event::NodeGone(name(0)));
+    ledger.apply(Event::InventoryGone(name(0)));
+    assert_eq!(ledger.node_pods("node-0").count(), 1, "its pods are not gone yet");
+    ledger.apply(Event::PodGone(uid(0)));
+    assert_eq!(ledger.nodes().count(), 0);
+}

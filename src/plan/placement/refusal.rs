@@ -1,0 +1,260 @@
+//! Why a request does not fit, in words that `kubectl describe pod` shows.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use super::{count, nearness};
+use crate::api::gpu_request::{GpuRequest, Sharing};
+use crate::api::units::{Bytes, NodeName};
+use crate::plan::ledger::{Fence, GpuState, NodeState, Shut};
+
+/// Why a request does not fit on one node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NodeRefusal {
+    /// The node takes nothing new.
+    Shut(Shut),
+    /// It has fewer working GPUs than asked.
+    TooFewGpus {
+        /// Working GPUs.
+        has: usize,
+        /// Asked GPUs.
+        asked: usize,
+    },
+    /// Its cards are smaller than asked, even empty.
+    CardTooSmall {
+        /// Usable bytes of its largest card.
+        largest: Bytes,
+        /// Asked bytes.
+        asked: Bytes,
+    },
+    /// Too few of its GPUs are without other pods.
+    NoWholeCard {
+        /// GPUs that are.
+        empty: usize,
+        /// Asked GPUs.
+        asked: usize,
+    },
+    /// Too few of its GPUs have that much free.
+    NoRoom {
+        /// GPUs that have.
+        fitting: usize,
+        /// Asked GPUs.
+        gpus: usize,
+        /// The GPU that comes nearest.
+        nearest: Miss,
+    },
+}
+
+/// A GPU on which the request nearly fits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Miss {
+    /// Its node.
+    pub node: NodeName,
+    /// Its index there.
+    pub gpu: u32,
+    /// Free bytes.
+    pub free: Bytes,
+    /// Asked bytes.
+    pub asked: Bytes,
+    /// Bytes in use beyond what its pods declared.
+    pub foreign: Bytes,
+}
+
+impl fmt::Display for Miss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "GPU {} of {} has {} free, {} asked",
+            self.gpu, self.node, self.free, self.asked
+        )?;
+        if self.foreign > Bytes(0) {
+            write!(f, "; {} are in use beyond what its pods declared", self.foreign)?;
+        }
+        Ok(())
+    }
+}
+
+impl NodeRefusal {
+    /// Whether evicting pods from the node could make the request fit there.
+    #[must_use]
+    pub fn evicting_could_help(&self) -> bool {
+        matches!(self, NodeRefusal::NoRoom { .. } | NodeRefusal::NoWholeCard { .. })
+    }
+}
+
+/// The same words for all nodes with the same trouble, so that the scheduler's message counts them.
+impl fmt::Display for NodeRefusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            NodeRefusal::Shut(Shut::NoNode) => f.write_str("no such node"),
+            NodeRefusal::Shut(Shut::NoInventory) => f.write_str("no GPU told of by an ebb-agent"),
+            NodeRefusal::Shut(Shut::Closed(why)) => write!(f, "GPUs not usable: {why}"),
+            NodeRefusal::Shut(Shut::Fenced(fence)) => write!(f, "{fence}"),
+            NodeRefusal::TooFewGpus { asked, .. } => write!(f, "fewer than {asked} working GPUs"),
+            NodeRefusal::CardTooSmall { asked, .. } => {
+                write!(f, "no GPU with {asked} of memory, even empty")
+            }
+            NodeRefusal::NoWholeCard { asked: 1, .. } => f.write_str("no GPU without other pods"),
+            NodeRefusal::NoWholeCard { asked, .. } => write!(f, "fewer than {asked} GPUs without other pods"),
+            NodeRefusal::NoRoom { gpus: 1, nearest, .. } => {
+                write!(f, "no GPU with {} free", nearest.asked)
+            }
+            NodeRefusal::NoRoom { gpus, nearest, .. } => {
+                write!(f, "fewer than {gpus} GPUs with {} free", nearest.asked)
+            }
+        }
+    }
+}
+
+/// The reasons of many nodes in as few different texts as possible, since the scheduler's message counts equal ones:
+/// each kind's words, and for the node that comes nearest its GPU and figures.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reasons {
+    nearest: Option<Miss>,
+}
+
+impl Reasons {
+    /// Looks at one node's reason; all are looked at before any text is made.
+    pub fn see(&mut self, refusal: &NodeRefusal) {
+        if let NodeRefusal::NoRoom { nearest, .. } = refusal
+            && self
+                .nearest
+                .as_ref()
+                .is_none_or(|known| nearness(nearest) < nearness(known))
+        {
+            self.nearest = Some(nearest.clone());
+        }
+    }
+
+    /// The text for one node.
+    #[must_use]
+    pub fn text(&self, refusal: &NodeRefusal) -> String {
+        match refusal {
+            NodeRefusal::NoRoom { nearest, .. } if Some(nearest) == self.nearest.as_ref() => {
+                nearest.to_string()
+            }
+            other => other.to_string(),
+        }
+    }
+}
+
+/// Why a request fits on no node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    request: GpuRequest,
+    reasons: BTreeMap<Arc<str>, usize>,
+    nearest: Reasons,
+    fenced: usize,
+}
+
+impl Refusal {
+    pub(super) fn new(request: &GpuRequest) -> Self {
+        Self {
+            request: request.clone(),
+            reasons: BTreeMap::new(),
+            nearest: Reasons::default(),
+            fenced: 0,
+        }
+    }
+
+    /// Counts a node.
+    pub(super) fn add(&mut self, node: &NodeName, reason: NodeRefusal) {
+        debug_assert!(!matches!(&reason, NodeRefusal::NoRoom { nearest, .. } if nearest.node != *node));
+        // GPU nodes only: on a cluster with many others, "no GPU" would drown the rest.
+        if matches!(reason, NodeRefusal::Shut(Shut::NoInventory | Shut::NoNode)) {
+            return;
+        }
+        if matches!(reason, NodeRefusal::Shut(Shut::Fenced(Fence::Releasing))) {
+            self.fenced += 1;
+        }
+        *self.reasons.entry(reason.to_string().into()).or_default() += 1;
+        self.nearest.see(&reason);
+    }
+
+    /// The GPU on which it nearly fits.
+    #[must_use]
+    pub fn nearest(&self) -> Option<&Miss> {
+        self.nearest.nearest.as_ref()
+    }
+
+    /// Nodes that Ebb is emptying; taking one back might make room.
+    #[must_use]
+    pub fn releasing(&self) -> usize {
+        self.fenced
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let GpuRequest {
+            gpus,
+            bytes_per_gpu,
+            sharing,
+        } = &self.request;
+        match (gpus.get(), sharing) {
+            (1, Sharing::Shared) => write!(f, "no node has a GPU with {bytes_per_gpu} free")?,
+            (n, Sharing::Shared) => write!(f, "no node has {n} GPUs with {bytes_per_gpu} free on each")?,
+            (1, Sharing::Exclusive) => write!(f, "no node has an empty GPU of {bytes_per_gpu}")?,
+            (n, Sharing::Exclusive) => write!(f, "no node has {n} empty GPUs of {bytes_per_gpu}")?,
+        }
+        if self.reasons.is_empty() {
+            return f.write_str("; no node has any GPU");
+        }
+        for (position, (reason, nodes)) in self.reasons.iter().enumerate() {
+            let separator = if position == 0 { "; nodes: " } else { ", " };
+            write!(f, "{separator}{nodes} {reason}")?;
+        }
+        match self.nearest() {
+            Some(nearest) => write!(f, "; nearest: {nearest}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Why the request does not fit on these GPUs; called when it does not.
+pub(super) fn why(node: &NodeState, gpus: &[GpuState], request: &GpuRequest) -> NodeRefusal {
+    let asked = count(request);
+    let working = || gpus.iter().filter(|gpu| gpu.closed.is_none());
+    if working().count() < asked {
+        return NodeRefusal::TooFewGpus {
+            has: working().count(),
+            asked,
+        };
+    }
+    let large = || working().filter(|gpu| gpu.usable >= request.bytes_per_gpu);
+    if large().count() < asked {
+        return NodeRefusal::CardTooSmall {
+            largest: working().map(|gpu| gpu.usable).max().unwrap_or_default(),
+            asked: request.bytes_per_gpu,
+        };
+    }
+    if request.sharing == Sharing::Exclusive {
+        let empty = large().filter(|gpu| gpu.tenants == 0).count();
+        if empty < asked {
+            return NodeRefusal::NoWholeCard { empty, asked };
+        }
+    }
+    let nearest = large()
+        .filter(|gpu| gpu.free < request.bytes_per_gpu)
+        .map(|gpu| Miss {
+            node: node.name().clone(),
+            gpu: gpu.index,
+            free: gpu.free,
+            asked: request.bytes_per_gpu,
+            foreign: gpu.foreign,
+        })
+        .min_by(|a, b| nearness(a).cmp(&nearness(b)));
+    NodeRefusal::NoRoom {
+        fitting: large().filter(|gpu| gpu.free >= request.bytes_per_gpu).count(),
+        gpus: asked,
+        // There is one: enough cards are large and empty enough, and yet too few have room.
+        nearest: nearest.unwrap_or(Miss {
+            node: node.name().clone(),
+            gpu: 0,
+            free: Bytes(0),
+            asked: request.bytes_per_gpu,
+            foreign: Bytes(0),
+        }),
+    }
+}

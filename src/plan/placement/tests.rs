@@ -1,0 +1,226 @@
+//! Placement against brute force.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::num::NonZeroU32;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::plan::ledger::{Claim, Entry, Event, Fence, GpuFacts, Inventory, NodeFacts, PodFacts};
+
+const GIB: u64 = 1 << 30;
+
+fn request(gpus: u32, bytes: u64, sharing: Sharing) -> GpuRequest {
+    GpuRequest {
+        gpus: NonZeroU32::new(gpus).unwrap(),
+        bytes_per_gpu: Bytes(bytes),
+        sharing,
+    }
+}
+
+fn node(name: &str, gpus: &[u64]) -> Vec<Event> {
+    let gpu = |(index, usable): (u32, &u64)| GpuFacts {
+        id: GpuId::from(format!("{name}/{index}").as_str()),
+        index,
+        usable: Bytes(*usable),
+        used: None,
+        foreign: None,
+        used_by: BTreeMap::new(),
+        closed: None,
+    };
+    vec![
+        Event::Node(NodeFacts {
+            name: name.into(),
+            fence: None,
+        }),
+        Event::Inventory(Inventory {
+            node: name.into(),
+            closed: None,
+            gpus: (0u32..).zip(gpus).map(gpu).collect(),
+        }),
+    ]
+}
+
+fn bind(ledger: &mut Ledger, pod: usize, request: &GpuRequest) -> Result<(NodeName, Choice), Refusal> {
+    let (node, choice) = best(ledger, request)?;
+    ledger.apply(Event::Pod(PodFacts {
+        entry: Entry {
+            uid: format!("pod-{pod}").as_str().into(),
+            namespace: "models".into(),
+            name: format!("pod-{pod}").into(),
+            claim: Claim::of(request, choice.gpus.clone()),
+        },
+        node: Some(node.clone()),
+        finished: false,
+    }));
+    Ok((node, choice))
+}
+
+fn requests() -> impl Strategy<Value = Vec<GpuRequest>> {
+    let sharing = prop_oneof![4 => Just(Sharing::Shared), 1 => Just(Sharing::Exclusive)];
+    prop::collection::vec(
+        (1u32..=3, 1u64..=45, sharing).prop_map(|(gpus, bytes, sharing)| request(gpus, bytes, sharing)),
+        1..30,
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2_000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn never_over_a_gpu_and_refused_only_without_room(
+        shapes in prop::collection::vec(prop::collection::vec(prop_oneof![Just(24u64), Just(40), Just(80)], 0..4), 1..4),
+        requests in requests(),
+    ) {
+        let mut ledger = Ledger::default();
+        for (index, gpus) in shapes.iter().enumerate() {
+            for event in node(&format!("node-{index}"), gpus) {
+                ledger.apply(event);
+            }
+        }
+        // Kept apart from the ledger: usable, taken and tenants of every GPU.
+        let mut gpus: BTreeMap<GpuId, (u64, u64, usize)> = BTreeMap::new();
+        for node in ledger.nodes() {
+            for gpu in node.gpus() {
+                gpus.insert(gpu.id.clone(), (gpu.usable.0, 0, 0));
+            }
+        }
+        for (index, request) in requests.iter().enumerate() {
+            let fits = (0..shapes.len()).any(|node| {
+                let room = gpus.iter().filter(|(id, (usable, taken, tenants))| {
+                    id.as_str().starts_with(&format!("node-{node}/"))
+                        && usable - taken >= request.bytes_per_gpu.0
+                        && (request.sharing == Sharing::Shared || *tenants == 0)
+                });
+                room.count() >= count(request)
+            });
+            prop_assert_eq!(fits_anywhere(&ledger, request).is_ok(), fits);
+            prop_assert_eq!(&best(&ledger, request), &best(&ledger.clone(), request));
+            match bind(&mut ledger, index, request) {
+                Ok((_, choice)) => {
+                    prop_assert!(fits);
+                    prop_assert_eq!(choice.gpus.len(), count(request));
+                    for id in &choice.gpus {
+                        let (usable, taken, tenants) = gpus.get_mut(id).unwrap();
+                        *taken = match request.sharing {
+                            Sharing::Shared => *taken + request.bytes_per_gpu.0,
+                            Sharing::Exclusive => *usable,
+                        };
+                        *tenants += 1;
+                        prop_assert!(*taken <= *usable);
+                    }
+                }
+                Err(refusal) => {
+                    prop_assert!(!fits);
+                    prop_assert!(!refusal.to_string().is_empty());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn two_that_fit_together_share_one_gpu() {
+    let mut ledger = Ledger::default();
+    for name in ["a", "b"] {
+        node(name, &[80 * GIB, 80 * GIB])
+            .into_iter()
+            .for_each(|event| ledger.apply(event));
+    }
+    let small = request(1, 18 * GIB, Sharing::Shared);
+    let first = bind(&mut ledger, 0, &small).unwrap();
+    let second = bind(&mut ledger, 1, &small).unwrap();
+    assert_eq!(first.0, second.0);
+    assert_eq!(first.1.gpus, second.1.gpus);
+}
+
+#[test]
+fn a_used_node_comes_before_a_tighter_empty_one() {
+    let mut ledger = Ledger::rebuild(node("big", &[80 * GIB]));
+    bind(&mut ledger, 0, &request(1, 18 * GIB, Sharing::Shared)).unwrap();
+    node("small", &[24 * GIB])
+        .into_iter()
+        .for_each(|event| ledger.apply(event));
+    let (node, _) = best(&ledger, &request(1, 20 * GIB, Sharing::Shared)).unwrap();
+    assert_eq!(node.as_str(), "big");
+}
+
+#[test]
+fn the_tightest_gpu_and_the_smallest_whole_card() {
+    let mut ledger = Ledger::rebuild(node("a", &[80, 24, 40]));
+    let gpu = |ledger: &Ledger, request: &GpuRequest| best(ledger, request).unwrap().1.gpus[0].to_string();
+    assert_eq!(gpu(&ledger, &request(1, 20, Sharing::Shared)), "a/1");
+    assert_eq!(gpu(&ledger, &request(1, 30, Sharing::Exclusive)), "a/2");
+    bind(&mut ledger, 0, &request(1, 55, Sharing::Shared)).unwrap();
+    assert_eq!(gpu(&ledger, &request(1, 25, Sharing::Shared)), "a/0");
+}
+
+#[test]
+fn refusals_say_the_nearest_miss() {
+    let mut ledger = Ledger::rebuild(node("node-7", &[24 * GIB, 40 * GIB]));
+    bind(&mut ledger, 0, &request(1, 28 * GIB, Sharing::Shared)).unwrap();
+    bind(&mut ledger, 1, &request(1, 8 * GIB, Sharing::Shared)).unwrap();
+    bind(&mut ledger, 2, &request(1, 20 * GIB, Sharing::Shared)).unwrap();
+    ledger.apply(Event::Node(NodeFacts {
+        name: "old".into(),
+        fence: Some(Fence::Releasing),
+    }));
+    let refusal = best(&ledger, &request(1, 18 * GIB, Sharing::Shared)).unwrap_err();
+    assert_eq!(
+        refusal.to_string(),
+        "no node has a GPU with 18 GiB free; nodes: 1 being emptied for release, 1 no GPU with 18 GiB free; nearest: \
+         GPU 0 of node-7 has 4 GiB free, 18 GiB asked"
+    );
+    assert_eq!(refusal.releasing(), 1);
+}
+
+#[test]
+fn only_one_winner_even_among_equals() {
+    let mut ledger = Ledger::default();
+    for name in ["c", "a", "b"] {
+        node(name, &[24])
+            .into_iter()
+            .for_each(|event| ledger.apply(event));
+    }
+    let small = request(1, 10, Sharing::Shared);
+    let candidates: Vec<_> = ["b", "c", "a"]
+        .iter()
+        .map(|name| {
+            let node = ledger.node(name).unwrap();
+            (node, fit(node, &small, None).unwrap())
+        })
+        .collect();
+    assert_eq!(scores(&candidates), (vec![0, 0, MAX_SCORE], Some(2)));
+}
+
+#[test]
+fn a_new_node_helps_only_if_its_cards_are_large_and_many_enough() {
+    let shape = NodeShape(vec![Bytes(24), Bytes(24)]);
+    assert!(fits_empty(&shape, &request(2, 24, Sharing::Exclusive)));
+    assert!(!fits_empty(&shape, &request(1, 25, Sharing::Shared)));
+    assert!(!fits_empty(&shape, &request(3, 1, Sharing::Shared)));
+}
+
+#[test]
+fn an_asker_does_not_stand_in_its_own_way() {
+    let mut ledger = Ledger::rebuild(node("a", &[24]));
+    let large = request(1, 20, Sharing::Shared);
+    let asker = PodUid::from("asker");
+    let choice = fit(ledger.node("a").unwrap(), &large, Some(&asker)).unwrap();
+    let entry = Entry {
+        uid: asker.clone(),
+        namespace: "models".into(),
+        name: "asker".into(),
+        claim: Claim::of(&large, choice.gpus.clone()),
+    };
+    ledger.hold(
+        &"a".into(),
+        entry,
+        crate::plan::ledger::Stage::Reserved { until_ms: 1 },
+    );
+    let node = ledger.node("a").unwrap();
+    assert_eq!(fit(node, &large, Some(&asker)).unwrap().gpus, choice.gpus);
+    assert!(still_fits(node, &large, &choice.gpus, &asker));
+    assert!(fit(node, &large, Some(&PodUid::from("other"))).is_err());
+}

@@ -1,0 +1,308 @@
+//! Ebb installed on a cluster whose GPU nodes are objects only: nobody runs the pods, so that hundreds of them cost
+//! nothing, and all that is seen is who was bound where.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use ebb::api::gpu_node::GpuNode;
+use ebb::serve::forward::Forwarder;
+use ebb::serve::pki::Identity;
+use ebb::serve::tls::{self, ClientTls};
+use ebb_lab::ebb_install::{EBB, MODELS, Plan, Site};
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::{Node, Pod, Secret};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::{Api, ResourceExt as _};
+use serde_json::{Value, json};
+use tokio_util::task::AbortOnDropHandle;
+
+pub const GIB: u64 = 1 << 30;
+/// Longest wait for one thing.
+pub const STEP: Duration = Duration::from_secs(60);
+/// How often things are looked at.
+const LOOK: Duration = Duration::from_millis(50);
+/// What the driver keeps of each card.
+const RESERVED: u64 = GIB / 2;
+
+/// A pod's place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    pub node: String,
+    pub gpus: Vec<String>,
+    pub bytes: u64,
+    pub share: String,
+}
+
+pub struct Hall {
+    pub site: Site,
+    heartbeats: Vec<AbortOnDropHandle<()>>,
+}
+
+impl Hall {
+    pub async fn open(ebb: &str) -> anyhow::Result<Hall> {
+        let site = Site::start(Plan {
+            gpu_nodes: 0,
+            ..Plan::new(ebb)
+        })
+        .await?;
+        site.install_ebb().await?;
+        site.apply(&format!(
+            "{{apiVersion: v1, kind: Namespace, metadata: {{name: {MODELS}}}}}"
+        ))
+        .await?;
+        Ok(Hall {
+            site,
+            heartbeats: Vec::new(),
+        })
+    }
+
+    fn all<K>(&self) -> Api<K>
+    where
+        K: kube::Resource<DynamicType = ()>,
+    {
+        Api::all(self.site.client.clone())
+    }
+
+    pub fn pods(&self) -> Api<Pod> {
+        Api::namespaced(self.site.client.clone(), MODELS)
+    }
+
+    /// Adds a Ready node with so many cards of that usable size, as its agent would tell.
+    pub async fn add_node(&mut self, name: &str, cards: u64, usable: u64) -> anyhow::Result<()> {
+        let nodes: Api<Node> = self.all();
+        let node = json!({"metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}}});
+        nodes
+            .create(&PostParams::default(), &serde_json::from_value(node)?)
+            .await?;
+        let quantities = json!({
+            "cpu": "64", "memory": "512Gi", "pods": "250", "ebb.dev/gpu-memory": (cards * usable).to_string(),
+        });
+        let now = jiff::Timestamp::now();
+        let ready = json!({"type": "Ready", "status": "True", "reason": "Ready", "message": "",
+            "lastHeartbeatTime": now, "lastTransitionTime": now});
+        let status = json!({"status": {
+            "capacity": quantities, "allocatable": quantities, "conditions": [ready],
+        }});
+        nodes
+            .patch_status(name, &PatchParams::default(), &Patch::Merge(&status))
+            .await?;
+        let leases: Api<Lease> = Api::namespaced(self.site.client.clone(), "kube-node-lease");
+        let lease = json!({"metadata": {"name": name},
+            "spec": {"holderIdentity": name, "leaseDurationSeconds": 40, "renewTime": micro(now)}});
+        leases
+            .create(&PostParams::default(), &serde_json::from_value(lease)?)
+            .await?;
+        let renewed = name.to_owned();
+        self.heartbeats
+            .push(AbortOnDropHandle::new(tokio::spawn(async move {
+                loop {
+                    tokio::time::sleep(Duration::from_secs(10)).await;
+                    let renew = json!({"spec": {"renewTime": micro(jiff::Timestamp::now())}});
+                    let _ = leases
+                        .patch(&renewed, &PatchParams::default(), &Patch::Merge(&renew))
+                        .await;
+                }
+            })));
+        let gpu_nodes: Api<GpuNode> = self.all();
+        let gpu_node = json!({"apiVersion": "ebb.dev/v1alpha1", "kind": "GpuNode", "metadata": {"name": name}, "spec": {}});
+        gpu_nodes
+            .create(&PostParams::default(), &serde_json::from_value(gpu_node)?)
+            .await?;
+        let gpus = (0..cards).map(|index| self.gpu(name, index, usable)).collect();
+        self.tell_gpus(name, gpus).await
+    }
+
+    /// One card as an agent tells it.
+    pub fn gpu(&self, node: &str, index: u64, usable: u64) -> Value {
+        json!({"uuid": format!("GPU-{node}-{index}"), "index": index, "name": "NVIDIA L4",
+            "memoryTotal": usable + RESERVED, "memoryReserved": RESERVED, "memoryUsed": 0, "healthy": true})
+    }
+
+    /// What the node's agent tells from now on.
+    pub async fn tell_gpus(&self, node: &str, gpus: Vec<Value>) -> anyhow::Result<()> {
+        let gpu_nodes: Api<GpuNode> = self.all();
+        let status = json!({"status": {
+            "driverVersion": "570.124.06", "count": gpus.len(), "gpus": gpus,
+            "conditions": [{"type": "Ready", "status": "True", "reason": "Reading", "message": "",
+                "lastTransitionTime": jiff::Timestamp::now()}],
+        }});
+        gpu_nodes
+            .patch_status(node, &PatchParams::default(), &Patch::Merge(&status))
+            .await?;
+        Ok(())
+    }
+
+    /// Creates a pod that asks for this much GPU memory.
+    pub async fn create(&self, name: &str, bytes: u64, annotations: Value) -> anyhow::Result<Pod> {
+        let pod = json!({
+            "metadata": {"name": name, "annotations": annotations},
+            "spec": {
+                "schedulerName": "ebb-scheduler",
+                "terminationGracePeriodSeconds": 0,
+                "containers": [{"name": "model", "image": "none.invalid/model:1",
+                    "resources": {"limits": {"ebb.dev/gpu-memory": bytes.to_string()}}}],
+            },
+        });
+        let pod = serde_json::from_value(pod)?;
+        let deadline = tokio::time::Instant::now() + STEP;
+        loop {
+            match self.pods().create(&PostParams::default(), &pod).await {
+                Ok(pod) => return Ok(pod),
+                // The namespace's ServiceAccount is not there yet, or no webhook at the moment.
+                Err(error) if tokio::time::Instant::now() > deadline => return Err(error.into()),
+                Err(_) => tokio::time::sleep(LOOK).await,
+            }
+        }
+    }
+
+    /// Deletes a pod at once; there is no kubelet that would end its containers first.
+    pub async fn delete(&self, name: &str) -> anyhow::Result<()> {
+        let now = DeleteParams {
+            grace_period_seconds: Some(0),
+            ..DeleteParams::default()
+        };
+        self.pods().delete(name, &now).await?;
+        Ok(())
+    }
+
+    /// All models' pods are gone.
+    pub async fn clear(&self) -> anyhow::Result<()> {
+        for pod in self.pods().list(&ListParams::default()).await? {
+            self.delete(&pod.name_any()).await?;
+        }
+        Ok(())
+    }
+
+    /// Where the bound pods are.
+    pub async fn placed(&self) -> anyhow::Result<BTreeMap<String, Place>> {
+        let pods = self.pods().list(&ListParams::default()).await?;
+        Ok(pods
+            .into_iter()
+            .filter_map(|pod| place(&pod).map(|place| (pod.name_any(), place)))
+            .collect())
+    }
+
+    /// Waits until the pod is bound.
+    pub async fn bound(&self, name: &str) -> anyhow::Result<Place> {
+        let deadline = tokio::time::Instant::now() + STEP;
+        loop {
+            let pod = self.pods().get(name).await?;
+            if let Some(place) = place(&pod) {
+                return Ok(place);
+            }
+            let why = pod.status.and_then(|status| status.conditions);
+            ensure!(
+                tokio::time::Instant::now() < deadline,
+                "{name} was not bound: {why:?}"
+            );
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Waits until so many pods are bound.
+    pub async fn bound_at_least(&self, pods: usize) -> anyhow::Result<()> {
+        let deadline = tokio::time::Instant::now() + STEP;
+        while self.placed().await?.len() < pods {
+            ensure!(tokio::time::Instant::now() < deadline, "fewer than {pods} bound");
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(())
+    }
+
+    /// Waits until the scheduler has told that it found no place; what it told.
+    pub async fn refused(&self, name: &str) -> anyhow::Result<String> {
+        let deadline = tokio::time::Instant::now() + STEP;
+        loop {
+            let pod = self.pods().get(name).await?;
+            ensure!(place(&pod).is_none(), "{name} was bound");
+            let conditions = pod
+                .status
+                .and_then(|status| status.conditions)
+                .unwrap_or_default();
+            let told = conditions.into_iter().find(|c| c.type_ == "PodScheduled");
+            if let Some(message) = told.and_then(|condition| condition.message) {
+                return Ok(message);
+            }
+            ensure!(tokio::time::Instant::now() < deadline, "{name} was told nothing");
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// The leading controller: its pod and where its extender listens.
+    pub async fn leader(&self) -> anyhow::Result<(String, SocketAddr)> {
+        let leases: Api<Lease> = Api::namespaced(self.site.client.clone(), EBB);
+        let lease = leases.get("ebb-controller").await?;
+        let holder = lease.spec.and_then(|spec| spec.holder_identity);
+        let holder = holder.context("nobody leads")?;
+        let (pod, ip) = holder.split_once('_').context("the Lease's holder")?;
+        Ok((pod.to_owned(), SocketAddr::new(ip.parse::<IpAddr>()?, 9444)))
+    }
+
+    /// Kills the process of a pod of Ebb's, as the kernel would for lack of memory.
+    pub fn kill(&self, pod: &str) -> anyhow::Result<()> {
+        for (_, log) in self.site.logs(EBB, pod) {
+            if let Ok(pid) = std::fs::read_to_string(log.with_extension("pid")) {
+                let kill = std::process::Command::new("kill")
+                    .args(["-KILL", pid.trim()])
+                    .status()?;
+                ensure!(kill.success(), "{pod} could not be killed");
+            }
+        }
+        Ok(())
+    }
+
+    /// Posts to the leader's extender as the scheduler does, with the scheduler's certificate.
+    pub async fn ask(&self, verb: &str, body: &Value) -> anyhow::Result<Value> {
+        let secrets: Api<Secret> = Api::namespaced(self.site.client.clone(), EBB);
+        let data = secrets
+            .get("ebb-scheduler-client")
+            .await?
+            .data
+            .unwrap_or_default();
+        let part = |key: &str| -> anyhow::Result<String> {
+            let bytes = data.get(key).with_context(|| format!("no {key} in the Secret"))?;
+            Ok(String::from_utf8(bytes.0.clone())?)
+        };
+        let identity = Identity {
+            certificate: part("tls.crt")?,
+            key: part("tls.key")?,
+        };
+        let config = tls::client_config(&part("ca.crt")?, Some(&identity))?;
+        let name = "ebb-controller.ebb-system.svc".to_owned();
+        let dialler = Forwarder::new(ClientTls::new(config), name, STEP, 1 << 20);
+        let (_, address) = self.leader().await?;
+        let (head, ()) = http::Request::post(format!("/scheduler/{verb}"))
+            .header("content-type", "application/json")
+            .body(())?
+            .into_parts();
+        let answer = dialler
+            .forward(address, head, serde_json::to_vec(body)?.into())
+            .await?;
+        ensure!(answer.status().is_success(), "{answer:?}");
+        Ok(serde_json::from_slice(answer.body())?)
+    }
+
+    /// No GPU was ever promised beyond what it has, whoever came and went.
+    pub fn check_reservations(&self) -> anyhow::Result<()> {
+        self.site.observer.look(|state| state.check_reservations())
+    }
+}
+
+fn micro(time: jiff::Timestamp) -> String {
+    format!("{time:.6}")
+}
+
+fn place(pod: &Pod) -> Option<Place> {
+    let annotation = |key: &str| pod.annotations().get(key).cloned().unwrap_or_default();
+    Some(Place {
+        node: pod.spec.as_ref()?.node_name.clone()?,
+        gpus: annotation("ebb.dev/gpu-devices")
+            .split(',')
+            .map(|name| name.trim_start_matches("runtime.nvidia.com/gpu=").to_owned())
+            .collect(),
+        bytes: annotation("ebb.dev/gpu-memory-bytes").parse().ok()?,
+        share: annotation("ebb.dev/gpu-memory-share"),
+    })
+}
