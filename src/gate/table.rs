@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 
 use super::probe::Checks;
 use crate::api::annotations;
+use crate::api::names;
 use crate::api::units::{Bytes, PodUid};
 use crate::api::workload::{WorkloadKind, WorkloadRef};
 use crate::cluster::slices;
@@ -160,9 +161,11 @@ impl Tables {
             .iter()
             .filter_map(|service| Some((service.as_ref(), gate_ports(service)?)))
             .collect();
-        // Where two Services claim one port, the older keeps it.
+        // Where two Services claim one port, one with Ebb's key has it, then the older: the annotation alone is
+        // anybody's to write on a Service that is not gated.
         gated.sort_by_key(|(service, _)| {
             (
+                !has_key(service),
                 service.metadata.creation_timestamp.as_ref().map(|time| time.0),
                 service.namespace(),
                 service.name_any(),
@@ -304,6 +307,12 @@ impl Tables {
         self.checks.insert(uid.clone(), (version, checks.clone()));
         (uid, checks)
     }
+}
+
+/// Whether a Service's selector has Ebb's key.
+fn has_key(service: &Service) -> bool {
+    let selector = service.spec.as_ref().and_then(|spec| spec.selector.as_ref());
+    selector.is_some_and(|selector| selector.contains_key(names::GATED_KEY))
 }
 
 /// The gate ports of a Service that goes through the gates.

@@ -95,6 +95,17 @@ fn a_service_whose_key_was_taken_off_is_served_while_its_slice_may_still_point_h
 }
 
 #[test]
+fn adversarial_a_port_claimed_by_annotation_alone_is_not_had() {
+    let mut objects = objects();
+    let claim = service("a", r#"{"http": 20001}"#, json!({"app": "m"}));
+    objects.services = vec![claim, gated("m", r#"{"http": 20001}"#)];
+    assert_eq!(
+        Tables::default().build(&objects).routes[&20001].service,
+        "models/m"
+    );
+}
+
+#[test]
 fn what_leads_nowhere_says_why() {
     let mut objects = objects();
     objects.deployments.clear();

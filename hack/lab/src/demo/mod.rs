@@ -41,35 +41,28 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         Some(path) => path.canonicalize()?,
         None => ebb_program()?,
     };
-    node::runtime()?.block_on(async {
-        tokio::select! {
-            told = tell(Plan::new(ebb), args.keep) => told,
-            stopped = node::stopped() => {
-                stopped?;
-                anyhow::bail!("stopped before the end")
-            }
-        }
-    })
+    node::runtime()?.block_on(tell(Plan::new(ebb), args.keep))
 }
 
 async fn tell(plan: Plan, keep: bool) -> anyhow::Result<()> {
     let timeline = Timeline::new();
     timeline.chapter("A Kubernetes control plane, a node group, Ebb");
-    let mut site = timeline
-        .during(
-            "starting etcd, the API server, kube-proxy and the nodes",
-            Box::pin(Site::start(plan)),
-        )
-        .await?;
+    let start = timeline.during(
+        "starting etcd, the API server, kube-proxy and the nodes",
+        Box::pin(Site::start(plan)),
+    );
+    let mut site = unless_stopped(start).await?;
     let _feed = timeline.follow(site.observer.listen());
-    let told = tokio::time::timeout(LIMIT, story::tell(&site, &timeline)).await;
-    let told = told.unwrap_or_else(|_| {
-        Err(anyhow::anyhow!(
-            "the story did not end within {} s",
-            LIMIT.as_secs()
-        ))
+    let story = tokio::time::timeout(LIMIT, story::tell(&site, &timeline));
+    let told = unless_stopped(async {
+        Ok(story.await.unwrap_or_else(|_| {
+            Err(anyhow::anyhow!(
+                "the story did not end within {} s",
+                LIMIT.as_secs()
+            ))
+        }))
     });
-    if let Err(error) = told {
+    if let Err(error) = Box::pin(told).await? {
         timeline.failed(format!("{error:#}"));
         failure::explain(&site, &timeline);
         site.keep_dir();
@@ -81,6 +74,17 @@ async fn tell(plan: Plan, keep: bool) -> anyhow::Result<()> {
     }
     site.nodes.power_off().await;
     Ok(())
+}
+
+/// Does `work`, unless Ctrl-C or SIGTERM comes first: all that it started goes with it.
+async fn unless_stopped<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::select! {
+        done = work => done,
+        stopped = node::stopped() => {
+            stopped?;
+            anyhow::bail!("stopped before the end")
+        }
+    }
 }
 
 /// Warnings only: the timeline is what a person reads.
