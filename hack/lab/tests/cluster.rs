@@ -14,6 +14,9 @@ use kube::{Api, Client, Config};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
+/// Tests of one program share its children and its namespaces, and these look at both: they take turns.
+static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
 fn hack(script: &str) -> Command {
     Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(script))
 }
@@ -68,6 +71,7 @@ fn is_forbidden(answer: &Result<String, kube::Error>) -> bool {
 
 #[tokio::test]
 async fn e2e_a_cluster_answers_as_a_real_one_and_is_gone_after_down() {
+    let _turn = TURN.lock().await;
     let cluster = Cluster::up(Options::default()).await.unwrap();
     let dir = cluster.dir().to_owned();
     TcpStream::connect((KUBERNETES_SERVICE_IP, 443))
@@ -168,6 +172,7 @@ endpoints: [{addresses: [10.77.3.4], conditions: {ready: true}}]
 
 #[tokio::test]
 async fn programs_are_killed_restarted_and_ended_with_the_cluster() {
+    let _turn = TURN.lock().await;
     let cluster = Cluster::up(Options::default()).await.unwrap();
     assert!(
         TcpStream::connect("10.96.7.7:80").await.is_err(),
@@ -215,6 +220,7 @@ async fn programs_are_killed_restarted_and_ended_with_the_cluster() {
 
 #[tokio::test]
 async fn a_program_that_does_not_come_up_is_named_with_its_log() {
+    let _turn = TURN.lock().await;
     let options = Options {
         apiserver_flags: vec!["--no-such-flag".into()],
         ..Options::default()
@@ -246,6 +252,7 @@ fn send(child: &Child, signal: Signal) {
 
 #[test]
 fn isolate_passes_exit_codes_and_output_on() {
+    let _turn = TURN.blocking_lock();
     for (script, code) in [("exit 0", 0), ("exit 7", 7), ("kill -KILL $$", 137)] {
         let output = hack("isolate")
             .args(["bash", "-c", &format!("echo out; echo err >&2; {script}")])
@@ -260,6 +267,7 @@ fn isolate_passes_exit_codes_and_output_on() {
 
 #[test]
 fn crash_nothing_outlives_an_isolate_whatever_signal_ends_it() {
+    let _turn = TURN.blocking_lock();
     let dir = tempfile::tempdir().unwrap();
     let signals = [
         (Signal::SIGKILL, None),
@@ -303,6 +311,7 @@ fn enter(runtime_dir: &Path, command: &[&str]) -> std::process::Output {
 
 #[test]
 fn crash_parallel_labs_do_not_see_each_other_and_leave_nothing() {
+    let _turn = TURN.blocking_lock();
     let lab = env!("CARGO_BIN_EXE_lab");
     let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     let dirs = dirs.each_ref().map(tempfile::TempDir::path);
