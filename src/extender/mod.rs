@@ -54,6 +54,12 @@ const PAGE: u32 = 500;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// The longest such pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// When a new leader causes further Node events, each after the one before.
+const WAKE_AGAIN: [Duration; 3] = [
+    Duration::from_millis(500),
+    Duration::from_secs(2),
+    Duration::from_secs(5),
+];
 /// Annotation by which a Node event is caused.
 const RETRY: &str = "ebb.dev/scheduling-retry";
 
@@ -164,9 +170,13 @@ pub fn router(extender: Arc<Extender>) -> Router {
 pub async fn lead(extender: Arc<Extender>, stop: CancellationToken) {
     let leading = async {
         let mut pause = FIRST_PAUSE;
+        let mut caught_up = 0;
         while let Some(term) = extender.leadership.term_now() {
             match catch_up(&extender, term).await {
-                Ok(()) => break,
+                Ok(()) => {
+                    caught_up = term;
+                    break;
+                }
                 Err(error) => {
                     tracing::warn!(%error, "cannot list the pods that earlier leaders bound; trying again")
                 }
@@ -174,7 +184,10 @@ pub async fn lead(extender: Arc<Extender>, stop: CancellationToken) {
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
-        refused::retry(&extender).await;
+        tokio::join!(
+            refused::retry(&extender),
+            wake_scheduler_again(&extender, caught_up)
+        );
     };
     tokio::select! {
         () = leading => {}
@@ -203,23 +216,39 @@ async fn catch_up(extender: &Extender, term: u64) -> Result<(), CallError> {
         }
     }
     extender.caught_up.store(term, Ordering::Release);
-    // Those refused while nobody led are known to no one: any Node event has the scheduler try them again.
-    let mut nodes: Vec<String> = extender
-        .view
-        .gpu_nodes
-        .all()
-        .iter()
-        .map(|node| node.name_any())
-        .collect();
+    wake_scheduler(extender, &format!("leader of term {term}")).await?;
+    tracing::info!(term, "answering kube-scheduler");
+    Ok(())
+}
+
+/// Has the scheduler try again what was refused while nobody led. Those pods are known to no one, and any Node event
+/// does.
+async fn wake_scheduler(extender: &Extender, value: &str) -> Result<(), CallError> {
+    let all = extender.view.gpu_nodes.all();
+    let mut nodes: Vec<String> = all.iter().map(|node| node.name_any()).collect();
     nodes.sort();
-    if let Some(name) = nodes
+    match nodes
         .iter()
         .find(|name| extender.view.nodes.get("", name).is_some())
     {
-        cause_node_event(extender, name, &format!("leader of term {term}")).await?;
+        Some(name) => cause_node_event(extender, name, value).await,
+        None => Ok(()),
     }
-    tracing::info!(term, "answering kube-scheduler");
-    Ok(())
+}
+
+/// The same some more times: until the other replicas have seen whose the Lease is now, they pass the scheduler's
+/// requests to the leader before and refuse, after the first Node event.
+async fn wake_scheduler_again(extender: &Extender, term: u64) {
+    for (time, after) in (2..).zip(WAKE_AGAIN) {
+        tokio::time::sleep(after).await;
+        if extender.leadership.term_now() != Some(term) {
+            return;
+        }
+        let value = format!("leader of term {term}, time {time}");
+        if let Err(error) = wake_scheduler(extender, &value).await {
+            tracing::warn!(%error, "cannot cause a Node event; pods that were refused while nobody led may wait");
+        }
+    }
 }
 
 /// Writes an annotation on the node, after which the scheduler tries refused pods again.
