@@ -32,8 +32,6 @@ pub const MANAGED_BY: &str = "ebb.dev";
 pub const GATED_KEY: &str = "ebb.dev/gated";
 /// Gate ports are handed out from this range, the first included, the last too.
 pub const GATE_PORTS: std::ops::RangeInclusive<u16> = 20_000..=29_999;
-/// Label of nodes that carry GPUs, as NVIDIA's feature discovery sets it.
-pub const GPU_PRESENT_LABEL: &str = "nvidia.com/gpu.present";
 /// Environment variable by which a container's GPUs reach NVIDIA's container runtime.
 pub const VISIBLE_DEVICES_ENV: &str = "NVIDIA_VISIBLE_DEVICES";
 /// Environment variable with the bytes that a container may use on each of its GPUs.

@@ -69,29 +69,44 @@ fn created_ms(time: Option<k8s_openapi::apimachinery::pkg::apis::meta::v1::Time>
     time.map_or(0, |time| time.0.as_millisecond())
 }
 
+/// What both kinds say in the same fields. `desired` and `ready` are replicas.
+fn workload(
+    kind: WorkloadKind,
+    object: &impl ResourceExt,
+    template: PodTemplateSpec,
+    desired: i32,
+    ready: Option<i32>,
+    rollout_complete: bool,
+) -> Workload {
+    Workload {
+        reference: WorkloadRef {
+            kind,
+            namespace: object.namespace().unwrap_or_default(),
+            name: object.name_any(),
+        },
+        uid: object.uid().unwrap_or_default(),
+        resource_version: object.resource_version().unwrap_or_default(),
+        replicas: replicas(Some(desired)),
+        ready_replicas: replicas(ready),
+        rollout_complete,
+        created_ms: created_ms(object.creation_timestamp()),
+        annotations: object.annotations().clone(),
+        settings: Settings::read(object.annotations()),
+        template,
+    }
+}
+
 impl IntoWorkload for Deployment {
     fn workload(&self) -> Workload {
         let spec = self.spec.clone().unwrap_or_default();
         let status = self.status.clone().unwrap_or_default();
         let desired = spec.replicas.unwrap_or(1);
-        Workload {
-            reference: WorkloadRef {
-                kind: WorkloadKind::Deployment,
-                namespace: self.namespace().unwrap_or_default(),
-                name: self.name_any(),
-            },
-            uid: self.uid().unwrap_or_default(),
-            resource_version: self.resource_version().unwrap_or_default(),
-            replicas: replicas(Some(desired)),
-            ready_replicas: replicas(status.ready_replicas),
-            rollout_complete: status.observed_generation >= self.metadata.generation
-                && status.updated_replicas.unwrap_or(0) >= desired
-                && status.replicas.unwrap_or(0) <= status.updated_replicas.unwrap_or(0),
-            created_ms: created_ms(self.metadata.creation_timestamp.clone()),
-            annotations: self.annotations().clone(),
-            settings: Settings::read(self.annotations()),
-            template: spec.template,
-        }
+        let updated = status.updated_replicas.unwrap_or(0);
+        let rollout_complete = status.observed_generation >= self.metadata.generation
+            && updated >= desired
+            && status.replicas.unwrap_or(0) <= updated;
+        let (kind, ready) = (WorkloadKind::Deployment, status.ready_replicas);
+        workload(kind, self, spec.template, desired, ready, rollout_complete)
     }
 }
 
@@ -100,23 +115,10 @@ impl IntoWorkload for StatefulSet {
         let spec = self.spec.clone().unwrap_or_default();
         let status = self.status.clone().unwrap_or_default();
         let desired = spec.replicas.unwrap_or(1);
-        Workload {
-            reference: WorkloadRef {
-                kind: WorkloadKind::StatefulSet,
-                namespace: self.namespace().unwrap_or_default(),
-                name: self.name_any(),
-            },
-            uid: self.uid().unwrap_or_default(),
-            resource_version: self.resource_version().unwrap_or_default(),
-            replicas: replicas(Some(desired)),
-            ready_replicas: replicas(status.ready_replicas),
-            rollout_complete: status.observed_generation >= self.metadata.generation
-                && status.current_revision == status.update_revision,
-            created_ms: created_ms(self.metadata.creation_timestamp.clone()),
-            annotations: self.annotations().clone(),
-            settings: Settings::read(self.annotations()),
-            template: spec.template,
-        }
+        let rollout_complete = status.observed_generation >= self.metadata.generation
+            && status.current_revision == status.update_revision;
+        let (kind, ready) = (WorkloadKind::StatefulSet, status.ready_replicas);
+        workload(kind, self, spec.template, desired, ready, rollout_complete)
     }
 }
 

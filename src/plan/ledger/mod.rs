@@ -148,13 +148,6 @@ impl Ledger {
         self.node(name).into_iter().flat_map(NodeState::pods)
     }
 
-    /// The node that a pod is bound to, and what it has there.
-    #[must_use]
-    pub fn pod_entry(&self, uid: &PodUid) -> Option<(&NodeName, &Entry)> {
-        let name = self.bound.get(uid)?;
-        Some((name, self.nodes.get(name)?.pods.get(uid)?))
-    }
-
     /// UIDs of all pods that are entered as bound.
     pub fn bound_pods(&self) -> impl Iterator<Item = &PodUid> {
         self.bound.keys()

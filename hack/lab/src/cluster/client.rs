@@ -1,29 +1,13 @@
-//! The client for the API server, and the questions asked while a cluster
-//! comes up.
-
-use std::path::Path;
-use std::time::Duration;
+//! The questions asked of the API server while a cluster comes up.
 
 use anyhow::Context;
 use k8s_openapi::api::core::v1::{Node, ServiceAccount};
 use kube::api::{DeleteParams, PostParams};
-use kube::config::{Config, KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client};
 use tokio::net::TcpStream;
 
 use super::control_plane::PROXY_NODE;
 use super::namespace::{CONTROL_PLANE_IP, KUBERNETES_SERVICE_IP};
-
-pub(super) async fn connect(kubeconfig: &Path) -> anyhow::Result<Client> {
-    let kubeconfig = Kubeconfig::read_from(kubeconfig).context("reading the kubeconfig")?;
-    let mut config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
-        .await
-        .context("using the kubeconfig")?;
-    // A proxy of the machine's network is of no use in here.
-    config.proxy_url = None;
-    config.connect_timeout = Some(Duration::from_secs(5));
-    Client::try_from(config).context("making a client")
-}
 
 pub(super) async fn is_ready(client: &Client) -> bool {
     match http::Request::get("/readyz").body(Vec::new()) {

@@ -116,7 +116,7 @@ impl Cluster {
         let mut cluster = Self {
             record: None,
             children: Mutex::default(),
-            client: client::connect(&kubeconfig).await?,
+            client: crate::client::from_kubeconfig(&kubeconfig).await?,
             kubectl: Kubectl::new(&programs, &kubeconfig, &dir),
             kubeconfig,
             programs,

@@ -35,6 +35,8 @@ impl FromStr for Memory {
 pub(super) enum Wanted {
     /// In all, split evenly.
     Bytes(u64),
+    /// On each GPU, as `EBB_GPU_MEMORY_BYTES` says it.
+    BytesPerGpu(u64),
     /// Of each GPU.
     Fraction(f64),
     /// vLLM's own share of each GPU; nothing where there is none.
@@ -61,7 +63,7 @@ impl Wanted {
             }
             None => match env("EBB_GPU_MEMORY_BYTES") {
                 Some(text) => bytes(&text)
-                    .map(Self::Bytes)
+                    .map(Self::BytesPerGpu)
                     .map_err(anyhow::Error::msg)
                     .context("EBB_GPU_MEMORY_BYTES"),
                 None => Ok(Self::WhateverIsThere),
@@ -72,6 +74,7 @@ impl Wanted {
     fn of(self, device: &Device, devices: u64) -> u64 {
         match self {
             Self::Bytes(bytes) => bytes / devices,
+            Self::BytesPerGpu(bytes) => bytes,
             Self::Fraction(fraction) => part(device.usable(), fraction),
             Self::WhateverIsThere => part(device.usable(), VLLM_DEFAULT),
         }
@@ -102,7 +105,7 @@ impl Held {
         let state = env(STATE_ENV).map(PathBuf::from);
         let (Some(state), false) = (state, visible == Visible::Nothing) else {
             return match wanted {
-                Wanted::WhateverIsThere | Wanted::Bytes(0) => Ok(Self {
+                Wanted::WhateverIsThere | Wanted::Bytes(0) | Wanted::BytesPerGpu(0) => Ok(Self {
                     state: PathBuf::new(),
                     on: Vec::new(),
                 }),
@@ -151,7 +154,7 @@ fn take_all(state: &mut State, visible: &Visible, wanted: Wanted) -> anyhow::Res
                 gib(short.free),
                 gib(short.total),
                 match wanted {
-                    Wanted::Bytes(_) => hundredths(ratio(short.asked, short.total)),
+                    Wanted::Bytes(_) | Wanted::BytesPerGpu(_) => hundredths(ratio(short.asked, short.total)),
                     Wanted::Fraction(fraction) => format!("{fraction}"),
                     Wanted::WhateverIsThere => format!("{VLLM_DEFAULT}"),
                 },
@@ -299,7 +302,7 @@ mod tests {
         assert_eq!(choose(Some(0.5), Some(Memory::Bytes(7))), Wanted::Fraction(0.5));
         assert_eq!(choose(None, Some(Memory::Bytes(7))), Wanted::Bytes(7));
         assert_eq!(choose(None, Some(Memory::Share)), Wanted::Fraction(0.25));
-        assert_eq!(choose(None, None), Wanted::Bytes(1024));
+        assert_eq!(choose(None, None), Wanted::BytesPerGpu(1024));
         assert_eq!(
             Wanted::choose(None, None, of(&[])).unwrap(),
             Wanted::WhateverIsThere
@@ -364,5 +367,10 @@ mod tests {
         drop(held);
         assert_eq!(State::load(&path).unwrap().used(&first), 0);
         assert_eq!(State::load(&path).unwrap().used(&second), 20 * GIB);
+        // What Ebb grants is for each GPU, not to be split once more.
+        let held = Held::take(Wanted::BytesPerGpu(4 * GIB), env).unwrap();
+        assert_eq!(State::load(&path).unwrap().used(&first), 4 * GIB);
+        assert_eq!(State::load(&path).unwrap().used(&second), 24 * GIB);
+        drop(held);
     }
 }

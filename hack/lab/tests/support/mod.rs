@@ -29,10 +29,7 @@ impl Lab {
         options.lab = env!("CARGO_BIN_EXE_lab").into();
         options.restart_backoff = Duration::from_secs(1);
         options.volume_refresh = Duration::from_millis(300);
-        let client = ebb_lab::client::from_kubeconfig(cluster.kubeconfig())
-            .await
-            .unwrap();
-        let nodes = Nodes::start(client, options).await.unwrap();
+        let nodes = Nodes::start(cluster.client(), options).await.unwrap();
         let pods = Api::namespaced(cluster.client(), "default");
         Self { cluster, nodes, pods }
     }
