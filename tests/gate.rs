@@ -164,23 +164,25 @@ impl Lab {
     /// The workload's one pod gets an address, as from a kubelet, and is Ready or not.
     async fn place_pod(&self, ready: bool) -> String {
         let pods = self.pods();
-        let pod = eventually("m has a pod", || async {
-            let pods = pods.list(&ListParams::default()).await.ok()?;
-            pods.items
-                .into_iter()
-                .find(|pod| pod.metadata.deletion_timestamp.is_none())
-        })
-        .await;
         let status = json!({"status": {
             "phase": "Running",
             "podIP": POD_IP,
             "podIPs": [{"ip": POD_IP}],
             "conditions": [{"type": "Ready", "status": if ready { "True" } else { "False" }}],
         }});
-        pods.patch_status(&pod.name_any(), &PatchParams::default(), &Patch::Merge(status))
-            .await
-            .unwrap();
-        pod.name_any()
+        // The one that was listed may be the last life's, and gone by now: asked again.
+        eventually("m has a pod, which is placed", || async {
+            let listed = pods.list(&ListParams::default()).await.ok()?;
+            let pod = listed
+                .items
+                .into_iter()
+                .find(|pod| pod.metadata.deletion_timestamp.is_none())?;
+            pods.patch_status(&pod.name_any(), &PatchParams::default(), &Patch::Merge(&status))
+                .await
+                .ok()?;
+            Some(pod.name_any())
+        })
+        .await
     }
 
     /// Attempts to wake that ended so, over both gates.
