@@ -137,7 +137,10 @@ pub async fn refused(ebb: &Installation) {
 
 pub async fn frozen(ebb: &Installation) {
     ebb.ok(&["create", "-f", "-"], &pod("frozen").to_string()).await;
-    let words = "says which GPU the pod was bound to";
+    let words = "says what the pod was bound to";
+    // What it asks for is a person's until then.
+    ebb.ok(&["annotate", "pod", "frozen", "ebb.dev/sharing=exclusive"], "")
+        .await;
     // Before the bind only the Binding may set them.
     ebb.refused(
         &["annotate", "pod", "frozen", "ebb.dev/gpu-memory-share=1.0"],
@@ -173,6 +176,7 @@ pub async fn frozen(ebb: &Installation) {
         "ebb.dev/gpu-devices",
         "ebb.dev/gpu-memory-bytes",
         "ebb.dev/gpu-memory-share",
+        "ebb.dev/sharing",
     ] {
         ebb.refused(
             &["annotate", "pod", "frozen", "--overwrite", &format!("{key}=1")],

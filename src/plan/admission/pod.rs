@@ -12,6 +12,8 @@ use crate::api::{annotations as key, names};
 /// What a Binding writes on a pod.
 const BOUND: [&str; 3] = [key::GPU_DEVICES, key::GPU_MEMORY_BYTES, key::GPU_MEMORY_SHARE];
 
+/// What a person wrote for the Binding to read.
+const ASKED: [&str; 2] = [key::GPUS, key::SHARING];
 /// The variables, and the annotations they read when the container is created.
 const VARIABLES: [(&str, &str); 3] = [
     (names::VISIBLE_DEVICES_ENV, key::GPU_DEVICES),
@@ -159,18 +161,25 @@ pub fn brings_gpus(object: &Value) -> Option<String> {
     ))
 }
 
-/// Decides for a pod that is updated, its status included: what its Binding wrote stays as it is.
+/// Decides for a pod that is updated, its status included: what its Binding wrote stays as it is, and what that was
+/// made from. A whole card would be anybody's once its pod no longer says so.
 #[must_use]
 pub fn update(request: Request<'_>) -> Verdict {
-    let changed = BOUND.iter().find(|key| {
+    let bound = request
+        .old
+        .and_then(|old| old.pointer("/spec/nodeName"))
+        .and_then(Value::as_str)
+        .is_some_and(|node| !node.is_empty());
+    let asked = ASKED.iter().filter(|_| bound);
+    let changed = BOUND.iter().chain(asked).find(|key| {
         let stored = request.old.and_then(|old| annotation(old, key));
         annotation(request.object, key) != stored
     });
     match changed {
         None => Verdict::allow(),
         Some(key) => Verdict::refuse(format!(
-            "annotation {key} says which GPU the pod was bound to: it can neither be set, changed nor removed; delete \
-             the pod to have it placed anew"
+            "annotation {key} says what the pod was bound to: it can neither be set, changed nor removed; delete the \
+             pod to have it placed anew"
         )),
     }
 }
