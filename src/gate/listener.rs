@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::proxy::{self, Arrived};
 use super::state::Gate;
+use super::tcp;
 
 /// Largest head of a request; a larger one is answered 431.
 const MAX_HEAD: usize = 64 << 10;
@@ -132,7 +133,7 @@ async fn serve(
     place: OwnedSemaphorePermit,
     stop: CancellationToken,
 ) {
-    let _ = stream.set_nodelay(true);
+    tcp::prepare(&stream);
     gate.metrics.connections.inc();
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder

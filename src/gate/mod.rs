@@ -30,6 +30,7 @@ mod proxy_tests;
 mod replicas;
 pub mod state;
 pub mod table;
+mod tcp;
 pub mod upstream;
 pub mod wake;
 

@@ -18,6 +18,7 @@ use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use super::body::ReadAhead;
+use super::tcp;
 
 /// A replica that does not take a connection within this is left out.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -185,7 +186,7 @@ async fn connect(address: SocketAddr) -> Result<TcpStream, String> {
             )
         })?
         .map_err(|error| format!("{address} did not take a connection: {error}"))?;
-    let _ = stream.set_nodelay(true);
+    tcp::prepare(&stream);
     Ok(stream)
 }
 
