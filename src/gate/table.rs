@@ -320,8 +320,12 @@ fn gate_ports(service: &Service) -> Option<BTreeMap<String, u16>> {
     // Not the selector's key decides: where a person takes it off while no controller lives, Ebb's slice still points
     // here, and a closed port would refuse what comes. The controller takes slice and annotation away together.
     let text = service.annotations().get(annotations::GATE_PORTS)?;
-    match serde_json::from_str(text) {
-        Ok(ports) => Some(ports),
+    match serde_json::from_str::<BTreeMap<String, u16>>(text) {
+        Ok(mut ports) => {
+            // Where no controller gave it, the annotation is anybody's, and must not open whatever port it names.
+            ports.retain(|_, port| names::GATE_PORTS.contains(port));
+            Some(ports)
+        }
         Err(error) => {
             tracing::warn!(
                 service = service.name_any(),

@@ -106,6 +106,18 @@ fn adversarial_a_port_claimed_by_annotation_alone_is_not_had() {
 }
 
 #[test]
+fn adversarial_an_annotation_opens_no_port_outside_the_range() {
+    let mut objects = objects();
+    objects.services = vec![service(
+        "a",
+        r#"{"http": 22, "admin": 20002}"#,
+        json!({"app": "m"}),
+    )];
+    let table = Tables::default().build(&objects);
+    assert_eq!(table.routes.keys().copied().collect::<Vec<_>>(), [20002]);
+}
+
+#[test]
 fn what_leads_nowhere_says_why() {
     let mut objects = objects();
     objects.deployments.clear();
