@@ -351,7 +351,7 @@ impl Held {
             Ok(verdict) => verdict,
             Err(_) => Verdict::Failed(Problem::new(
                 super::metrics::Outcome::NoRoute,
-                "the workload is gone",
+                "the workload, or the Service that led to it, was deleted meanwhile",
             )),
         }
     }

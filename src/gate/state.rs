@@ -69,7 +69,10 @@ impl Gate {
         }
         for door in self.doors() {
             if !table.workloads.contains_key(&door.workload) {
-                door.dismiss(&Problem::new(Outcome::NoRoute, "the workload is gone"));
+                door.dismiss(&Problem::new(
+                    Outcome::NoRoute,
+                    "the workload, or the Service that led to it, was deleted meanwhile",
+                ));
             }
         }
         // A door that somebody else still has in hand stays: a request may be on its way to it.
