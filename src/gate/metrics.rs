@@ -20,6 +20,8 @@ pub enum Outcome {
     TimedOut,
     /// The workload cannot be woken.
     WakeFailed,
+    /// What the client sent is no HTTP request, or broke off.
+    BadRequest,
     /// The client left before its answer began.
     ClientLeft,
     /// The replica broke off without an answer.

@@ -48,6 +48,11 @@ impl Problem {
                 "wake-failed",
                 "The model cannot be started",
             ),
+            Outcome::BadRequest => (
+                StatusCode::BAD_REQUEST,
+                "bad-request",
+                "The request cannot be read",
+            ),
             Outcome::Refused => (
                 StatusCode::NOT_IMPLEMENTED,
                 "refused",

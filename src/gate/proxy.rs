@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use http::header::HOST;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::body::Incoming;
@@ -82,6 +83,11 @@ pub async fn serve(
         let problem = Problem::new(Outcome::Refused, "CONNECT is not forwarded");
         return Ok(own(&mut fate, &problem, Some(&workload)));
     }
+    // RFC 9112 §3.2. Which of them a replica would believe, nobody here can know.
+    if request.headers().get_all(HOST).iter().nth(1).is_some() {
+        let problem = Problem::new(Outcome::BadRequest, "it has more than one Host field");
+        return Ok(own(&mut fate, &problem, Some(&workload)));
+    }
     if headers::is_health_check(request.headers()) {
         fate.outcome = Outcome::HealthCheck;
         return Ok(health_check(&gate, &workload, &target, arrived, request).await);
@@ -127,6 +133,9 @@ async fn health_check(
                 in_flight: None,
             })
         }
+        Sent::Broken(reason) => Problem::new(Outcome::BadRequest, reason)
+            .response(Some(workload))
+            .map(Reply::Own),
         Sent::Unsent(_, reason) | Sent::Failed(reason) => Problem::new(Outcome::UpstreamFailed, reason)
             .response(Some(workload))
             .map(Reply::Own),
@@ -194,6 +203,7 @@ async fn forward(
         }
         match gate.pool.send(address, request).await {
             Sent::Answer(response) => return Ok(visit.answer(gate, response, client, in_flight)),
+            Sent::Broken(reason) => return Err(Problem::new(Outcome::BadRequest, reason)),
             Sent::Failed(reason) => return Err(Problem::new(Outcome::UpstreamFailed, reason)),
             Sent::Unsent(back, reason) => {
                 tracing::debug!(workload = %visit.door.workload, reason, "replica not reached; trying on");
@@ -237,8 +247,8 @@ impl Visit {
             Ok(Ok(Verdict::Go(in_flight))) => Ok(in_flight),
             Ok(Ok(Verdict::Failed(problem))) => Err(problem),
             Ok(Err(error)) => Err(Problem::new(
-                Outcome::ClientLeft,
-                format!("the client broke off: {error}"),
+                Outcome::BadRequest,
+                format!("its body cannot be read to the end: {error}"),
             )),
             Err(_) => Err(Problem {
                 retry_after: self.door.expected().filter(|left| !left.is_zero()),

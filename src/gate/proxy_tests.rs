@@ -778,3 +778,29 @@ async fn prior_knowledge_http2_goes_on_as_http2_with_its_trailers() {
     assert_eq!(rest.to_bytes(), "two");
     bench.until_counts((0, 0)).await;
 }
+
+#[tokio::test]
+async fn adversarial_what_the_client_got_wrong_is_not_blamed_on_the_model() {
+    const BAD_CHUNK: &str =
+        "POST / HTTP/1.1\r\nhost: m\r\ntransfer-encoding: chunked\r\n\r\nzz\r\nabc\r\n0\r\n\r\n";
+    const TWO_HOSTS: &str = "GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n";
+    let mut bench = Bench::start().await;
+    let (listener, address) = backend().await;
+    let mut heads = answering(listener, OK);
+    // Asleep, where the body is read ahead, and awake, where it streams.
+    for replicas in [0, 1] {
+        if replicas == 0 {
+            bench.show(0, 1, &[]);
+        } else {
+            bench.show_one(1, address);
+        }
+        for text in [BAD_CHUNK, TWO_HOSTS] {
+            let mut client = bench.send(text).await;
+            let head = read_head(&mut client).await;
+            assert!(head.starts_with("HTTP/1.1 400"), "{replicas} replicas: {head}");
+        }
+    }
+    while let Ok(head) = heads.try_recv() {
+        assert!(!head.contains("host: b"), "{head}");
+    }
+}

@@ -37,6 +37,8 @@ pub enum Sent {
     Answer(Response<Answer>),
     /// The replica cannot have seen it: it can go to another one.
     Unsent(Request<ReadAhead>, String),
+    /// Its own body could not be read to the end: the client broke off, or sent something that is no body.
+    Broken(String),
     /// It was sent, and no answer came.
     Failed(String),
 }
@@ -61,7 +63,7 @@ impl Pool {
                 Ok(answer) => return Sent::Answer(self.answer(address, sender, answer)),
                 Err(mut error) => match error.take_message() {
                     Some(back) => request = back,
-                    None => return Sent::Failed(describe(&error.into_error())),
+                    None => return failed(&error.into_error()),
                 },
             }
         }
@@ -80,7 +82,7 @@ impl Pool {
             Ok(answer) => Sent::Answer(self.answer(address, sender, answer)),
             Err(mut error) => match error.take_message() {
                 Some(back) => Sent::Unsent(back, describe(error.error())),
-                None => Sent::Failed(describe(&error.into_error())),
+                None => failed(&error.into_error()),
             },
         }
     }
@@ -92,7 +94,7 @@ impl Pool {
                 Ok(answer) => return Sent::Answer(answer.map(Answer::plain)),
                 Err(mut error) => match error.take_message() {
                     Some(back) => request = back,
-                    None => return Sent::Failed(describe(&error.into_error())),
+                    None => return failed(&error.into_error()),
                 },
             }
         }
@@ -116,7 +118,7 @@ impl Pool {
             Ok(answer) => Sent::Answer(answer.map(Answer::plain)),
             Err(mut error) => match error.take_message() {
                 Some(back) => Sent::Unsent(back, describe(error.error())),
-                None => Sent::Failed(describe(&error.into_error())),
+                None => failed(&error.into_error()),
             },
         }
     }
@@ -188,6 +190,15 @@ async fn connect(address: SocketAddr) -> Result<TcpStream, String> {
         .map_err(|error| format!("{address} did not take a connection: {error}"))?;
     tcp::prepare(&stream);
     Ok(stream)
+}
+
+fn failed(error: &hyper::Error) -> Sent {
+    // The only thing of ours that can fail here is the body, which is the client's.
+    if error.is_user() {
+        Sent::Broken(describe(error))
+    } else {
+        Sent::Failed(describe(error))
+    }
 }
 
 fn describe(error: &hyper::Error) -> String {
