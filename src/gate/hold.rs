@@ -133,12 +133,15 @@ impl Door {
             return;
         };
         let now = gate.now();
-        let mut let_in = Vec::new();
+        let (mut let_in, mut misled) = (Vec::new(), Vec::new());
         let (wake, probe, reach, timer) = {
             let mut state = self.state.lock();
             while let Some((ticket, grant)) = state.line.next(now) {
                 let in_flight = self.in_flight(ticket, grant);
                 let_in.push((state.waiting.remove(&ticket), in_flight));
+            }
+            for (ticket, target) in state.line.misled(now) {
+                misled.push((state.waiting.remove(&ticket), target));
             }
             let wants = state.line.wants();
             let wake = wants.wake && !std::mem::replace(&mut state.waking, true);
@@ -169,6 +172,17 @@ impl Door {
         for (sender, in_flight) in let_in {
             if let Some(sender) = sender {
                 let _ = sender.send(Verdict::Go(in_flight));
+            }
+        }
+        for (sender, target) in misled {
+            if let (Some(sender), Target::Name(name)) = (sender, target) {
+                let _ = sender.send(Verdict::Failed(Problem::new(
+                    super::metrics::Outcome::NoRoute,
+                    format!(
+                        "its pods have no port named `{name}`: name a container's port so, or correct the Service's \
+                         targetPort"
+                    ),
+                )));
             }
         }
         if wake {

@@ -213,6 +213,34 @@ impl Line {
         Some((ticket, grant))
     }
 
+    /// Sends away who waits for a port by a name that no loaded replica has: it would be for nothing.
+    pub fn misled(&mut self, now: u64) -> Vec<(Ticket, Target)> {
+        let names: BTreeSet<&Target> = self
+            .waiting
+            .values()
+            .map(|waiting| &waiting.target)
+            .filter(|target| matches!(target, Target::Name(_)))
+            .collect();
+        let wrong: BTreeSet<Target> = names
+            .into_iter()
+            .filter(|target| self.desired > 0 && self.replicas.none_has(target))
+            .cloned()
+            .collect();
+        if wrong.is_empty() {
+            return Vec::new();
+        }
+        let misled: Vec<(Ticket, Target)> = self
+            .waiting
+            .iter()
+            .filter(|(_, waiting)| wrong.contains(&waiting.target))
+            .map(|(ticket, waiting)| (*ticket, waiting.target.clone()))
+            .collect();
+        for (ticket, _) in &misled {
+            self.leave(*ticket, now);
+        }
+        misled
+    }
+
     /// Whether any request may be forwarded: not at 0, and not while a sleep is about to come.
     fn open(&self, now: u64) -> bool {
         self.desired > 0 && !self.held(now)

@@ -106,6 +106,12 @@ impl Replicas {
         self.all.values().any(Replica::usable)
     }
 
+    /// Whether there are usable replicas, and none of them has a port of that name.
+    pub(super) fn none_has(&self, target: &Target) -> bool {
+        let mut usable = self.all.values().filter(|replica| replica.usable()).peekable();
+        usable.peek().is_some() && usable.all(|replica| replica.address(target).is_none())
+    }
+
     pub(super) fn any_room(&self, limit: u32) -> bool {
         self.all
             .values()

@@ -72,6 +72,20 @@ fn asleep_everybody_waits_and_one_wake_is_wanted() {
 }
 
 #[test]
+fn adversarial_a_port_that_no_pod_has_holds_nobody() {
+    let mut line = line(0, Some(5), &[]);
+    let named = |name: &str| Target::Name(name.to_owned());
+    for target in [named("typo"), named("http"), port()] {
+        assert!(matches!(line.arrive(&target, Bytes(1), 0), Arrival::Wait(_)));
+    }
+    line.observe(&seen(1, Some(5), &[pod(1, 9, false)]), 10);
+    assert!(line.misled(10).is_empty(), "not loaded yet");
+    line.observe(&seen(1, Some(5), &[pod(1, 9, true)]), 20);
+    assert_eq!(line.misled(20), [(Ticket(0), named("typo"))]);
+    assert_eq!((line.queued(), line.last_activity()), (2, Some(20)));
+}
+
+#[test]
 fn a_new_pod_is_probed_and_then_takes_the_first_who_came() {
     let mut line = line(0, Some(5), &[]);
     let tickets: Vec<Ticket> = (0..3).map(|_| wait(&mut line, 1)).collect();
