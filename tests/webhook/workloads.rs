@@ -318,6 +318,15 @@ spec:
         "more than 0 bytes",
     )
     .await;
+    ebb.refused(
+        &["create", "-f", "-"],
+        &node.replace(
+            "matchLabels: {pool: gpu}",
+            "matchExpressions: [{key: pool, operator: DoesNotExist}]",
+        ),
+        "name at least one label",
+    )
+    .await;
     ebb.ok(&["create", "-f", "-"], &node).await;
 
     // The CA comes back after a replace took it out.

@@ -55,14 +55,20 @@ pub fn node_policy(request: Request<'_>) -> Verdict {
         if let Some(problem) = select::problem(selector) {
             return Err(format!("spec.nodeSelector: {problem}"));
         }
-        let empty = selector
+        // What only says which label a node must not have selects every node that nobody thought of.
+        let names_one = selector
             .match_labels
             .as_ref()
-            .is_none_or(|labels| labels.is_empty())
-            && selector.match_expressions.as_ref().is_none_or(Vec::is_empty);
-        if empty {
+            .is_some_and(|labels| !labels.is_empty())
+            || selector
+                .match_expressions
+                .iter()
+                .flatten()
+                .any(|expression| matches!(expression.operator.as_str(), "In" | "Exists"));
+        if !names_one {
             return Err(
-                "spec.nodeSelector must name at least one label, so that no other node is ever released"
+                "spec.nodeSelector must name at least one label that a node has, so that no other node is ever \
+                 released"
                     .to_owned(),
             );
         }
