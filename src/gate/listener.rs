@@ -21,7 +21,7 @@ use super::tcp;
 const MAX_HEAD: usize = 64 << 10;
 /// An idle client connection is kept for longer than any load balancer keeps its side (600 s is the longest), so
 /// that it is never this side that closes while a request comes in.
-const IDLE: Duration = Duration::from_secs(650);
+pub(super) const IDLE: Duration = Duration::from_secs(650);
 /// After accept failed, which it does when file descriptors run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -134,6 +134,16 @@ async fn serve(
     stop: CancellationToken,
 ) {
     tcp::prepare(&stream);
+    // Which HTTP it is shows in the first bytes, for which hyper waits without a limit.
+    let mut first = [0];
+    let speaks = tokio::select! {
+        biased;
+        spoke = tokio::time::timeout(IDLE, stream.peek(&mut first)) => matches!(spoke, Ok(Ok(1))),
+        () = stop.cancelled() => false,
+    };
+    if !speaks {
+        return;
+    }
     gate.metrics.connections.inc();
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder

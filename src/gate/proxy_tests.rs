@@ -779,6 +779,18 @@ async fn prior_knowledge_http2_goes_on_as_http2_with_its_trailers() {
     bench.until_counts((0, 0)).await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn adversarial_a_client_that_never_speaks_does_not_keep_its_place() {
+    let bench = Bench::start().await;
+    let mut silent = bench.connect().await;
+    // The paused clock leaps to the next timer whatever the sockets have to say: the gate sets its own first.
+    for _ in 0..1000 {
+        tokio::task::yield_now().await;
+    }
+    let closed = timeout(2 * super::listener::IDLE, silent.read(&mut [0])).await;
+    assert_eq!(closed.expect("it is closed").unwrap(), 0);
+}
+
 #[tokio::test]
 async fn adversarial_what_the_client_got_wrong_is_not_blamed_on_the_model() {
     const BAD_CHUNK: &str =
