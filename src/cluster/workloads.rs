@@ -129,6 +129,11 @@ pub fn service_facts(service: &Service) -> ServiceFacts<'_> {
     ServiceFacts {
         headless: spec.is_some_and(|s| s.cluster_ip.as_deref() == Some("None")),
         external_name: spec.is_some_and(|s| s.type_.as_deref() == Some("ExternalName")),
+        only_tcp: spec.and_then(|s| s.ports.as_ref()).is_none_or(|ports| {
+            ports
+                .iter()
+                .all(|port| port.protocol.as_deref().is_none_or(|p| p == "TCP"))
+        }),
         selector: spec.and_then(|s| s.selector.as_ref()),
         mode: service.annotations().get(annotations::MODE).map(String::as_str),
     }

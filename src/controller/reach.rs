@@ -11,7 +11,7 @@ use crate::api::workload::WorkloadRef;
 use crate::cluster::slices;
 use crate::cluster::view::View;
 use crate::cluster::workloads::{Workload, service_facts};
-use crate::plan::gating::{Gating, ServiceFacts, gating};
+use crate::plan::gating::{Gating, gating, past_the_gates};
 
 /// How requests reach a workload.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,25 +53,23 @@ impl Reaches {
             if headless::is_twin(&service) || service.metadata.deletion_timestamp.is_some() {
                 continue;
             }
-            let decide = |facts: ServiceFacts<'_>| {
-                gating(
-                    facts,
-                    candidates.iter().map(|(reference, labels)| (reference, labels)),
-                )
-            };
+            let candidates = || candidates.iter().map(|(reference, labels)| (reference, labels));
             let facts = service_facts(&service);
-            match decide(facts) {
-                Gating::Gate(workload) => note(&mut reaches, workload, through(view, &service)),
-                Gating::Off => {
-                    if let Gating::Gate(workload) = decide(ServiceFacts { mode: None, ..facts }) {
-                        let reason = format!(
-                            "Service {} leads to it past the gates (ebb.dev/mode: off)",
-                            service.name_any()
-                        );
-                        note(&mut reaches, workload, Reach::Direct(reason));
-                    }
+            let why = match gating(facts, candidates()) {
+                Gating::Gate(workload) => {
+                    note(&mut reaches, workload, through(view, &service));
+                    continue;
                 }
-                Gating::Leave | Gating::Cannot(_) => {}
+                Gating::Off => "ebb.dev/mode: off",
+                Gating::Cannot(_) => "it cannot be gated",
+                Gating::Leave => continue,
+            };
+            for workload in past_the_gates(facts, candidates()) {
+                let reason = format!(
+                    "Service {} leads to it past the gates ({why})",
+                    service.name_any()
+                );
+                note(&mut reaches, workload, Reach::Direct(reason));
             }
         }
         Self(reaches)

@@ -15,6 +15,8 @@ pub struct ServiceFacts<'a> {
     pub headless: bool,
     /// `type: ExternalName`.
     pub external_name: bool,
+    /// All its ports are TCP.
+    pub only_tcp: bool,
     /// Its selector, Ebb's own key included where it is there.
     pub selector: Option<&'a Labels>,
     /// Its `ebb.dev/mode` annotation.
@@ -70,6 +72,11 @@ pub fn gating<'a>(
              clusterIP, or set ebb.dev/mode: \"off\" to keep it as it is"
                 .to_owned(),
         ),
+        _ if !service.only_tcp => Gating::Cannot(
+            "it has a port that is not TCP, which no gate takes and which would lead nowhere; give that port a Service \
+             of its own, or set ebb.dev/mode: \"off\" to keep it as it is"
+                .to_owned(),
+        ),
         ([one], _) => Gating::Gate((*one).clone()),
         ([first, second, ..], _) => Gating::Cannot(format!(
             "its selector matches more than one managed workload ({} and {}); narrow the selector to one, or set \
@@ -77,6 +84,24 @@ pub fn gating<'a>(
             first.name, second.name
         )),
     }
+}
+
+/// The managed workloads to which a Service that is not gated leads all the same: requests that no gate sees. Not
+/// those of a headless one, which every StatefulSet has for its pods' names.
+pub fn past_the_gates<'a>(
+    service: ServiceFacts<'_>,
+    workloads: impl IntoIterator<Item = (&'a WorkloadRef, &'a Labels)>,
+) -> Vec<WorkloadRef> {
+    let as_if = ServiceFacts {
+        mode: None,
+        only_tcp: true,
+        ..service
+    };
+    workloads
+        .into_iter()
+        .filter(|one| matches!(gating(as_if, [*one]), Gating::Gate(_)))
+        .map(|(workload, _)| workload.clone())
+        .collect()
 }
 
 #[cfg(test)]
@@ -103,6 +128,7 @@ mod tests {
         ServiceFacts {
             headless: false,
             external_name: false,
+            only_tcp: true,
             selector: Some(selector),
             mode: None,
         }
@@ -140,6 +166,31 @@ mod tests {
     }
 
     #[test]
+    fn adversarial_what_cannot_be_gated_still_leads_there() {
+        let (a, b, template) = (deployment("a"), deployment("b"), labels(&[("app", "both")]));
+        let (selector, other) = (labels(&[("app", "both")]), labels(&[("app", "c")]));
+        let led = |facts| {
+            past_the_gates(
+                facts,
+                [(&a, &template), (&b, &template), (&deployment("c"), &other)],
+            )
+        };
+        for mode in [None, Some("off"), Some("direct")] {
+            let facts = ServiceFacts {
+                mode,
+                only_tcp: mode.is_some(),
+                ..service(&selector)
+            };
+            assert_eq!(led(facts), [a.clone(), b.clone()], "{mode:?}");
+        }
+        let headless = ServiceFacts {
+            headless: true,
+            ..service(&selector)
+        };
+        assert!(led(headless).is_empty());
+    }
+
+    #[test]
     fn headless_and_off_are_left() {
         let (workload, template) = (deployment("a"), labels(&[("app", "a")]));
         let selector = labels(&[("app", "a")]);
@@ -151,6 +202,11 @@ mod tests {
             gating(headless, [(&workload, &template)]),
             Gating::Cannot(_)
         ));
+        let udp = ServiceFacts {
+            only_tcp: false,
+            ..service(&selector)
+        };
+        assert!(matches!(gating(udp, [(&workload, &template)]), Gating::Cannot(_)));
         let off = ServiceFacts {
             mode: Some("off"),
             headless: true,
