@@ -195,7 +195,8 @@ async fn connect(address: SocketAddr) -> Result<TcpStream, String> {
 fn failed(error: &hyper::Error) -> Sent {
     // The only thing of ours that can fail here is the body, which is the client's.
     if error.is_user() {
-        Sent::Broken(describe(error))
+        let why = std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string);
+        Sent::Broken(format!("its body cannot be read to the end: {why}"))
     } else {
         Sent::Failed(describe(error))
     }
