@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+#[path = "extender/client.rs"]
+mod client;
 #[path = "extender/hall.rs"]
 mod hall;
 

@@ -9,10 +9,12 @@
 //! 2. [`bind`]: the hold becomes a Binding, one write that sets node and GPUs; the watch then turns it into an entry.
 //! 3. [`refused`]: a pod that found no room is tried again when memory frees, by a Node event.
 //!
-//! Only the leader decides. The other replicas pass requests on to it, and refuse in words when there is none.
+//! Only the leader decides. The other replicas pass requests on to it, and refuse in words when there is none. What an
+//! earlier leader still has on its way is shut out by [`term_mark`].
 
 mod bind;
 mod refused;
+mod term_mark;
 #[cfg(test)]
 mod tests;
 mod verbs;
@@ -178,7 +180,7 @@ pub async fn lead(extender: Arc<Extender>, stop: CancellationToken) {
                     break;
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "cannot list the pods that earlier leaders bound; trying again")
+                    tracing::warn!(%error, "cannot list and mark the pods of earlier leaders; trying again")
                 }
             }
             tokio::time::sleep(pause).await;
@@ -195,8 +197,8 @@ pub async fn lead(extender: Arc<Extender>, stop: CancellationToken) {
     }
 }
 
-/// Enters what earlier leaders bound. The watch brings it too, but maybe only after the first request; this list is as
-/// fresh as the API server's own store.
+/// Enters what earlier leaders bound, and shuts out what they have on its way. The watch brings the former too, but maybe
+/// only after the first request; this list is as fresh as the API server's own store.
 async fn catch_up(extender: &Extender, term: u64) -> Result<(), CallError> {
     // Reservations of an earlier term: nobody waits for them.
     extender
@@ -205,11 +207,13 @@ async fn catch_up(extender: &Extender, term: u64) -> Result<(), CallError> {
     let pods: Api<Pod> = Api::all(extender.client.clone());
     let ours = format!("spec.schedulerName={}", names::SCHEDULER);
     let mut page = ListParams::default().fields(&ours).limit(PAGE);
+    let mut marked = 0;
     loop {
         let list = limited(pods.list(&page)).await?;
         for event in list.items.iter().filter_map(pod_event) {
             extender.ledger.update(|ledger| ledger.apply(event));
         }
+        marked += term_mark::mark(extender, list.items, term).await?;
         match list.metadata.continue_.filter(|token| !token.is_empty()) {
             Some(token) => page = page.continue_token(&token),
             None => break,
@@ -217,7 +221,7 @@ async fn catch_up(extender: &Extender, term: u64) -> Result<(), CallError> {
     }
     extender.caught_up.store(term, Ordering::Release);
     wake_scheduler(extender, &format!("leader of term {term}")).await?;
-    tracing::info!(term, "answering kube-scheduler");
+    tracing::info!(term, marked, "answering kube-scheduler");
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! A control plane with Ebb's CRDs and roles, and the controller as a process under its own ServiceAccount.
 
+use std::net::SocketAddr;
 use std::process::Command;
 use std::time::Duration;
 
@@ -68,6 +69,21 @@ impl Setup {
 
     /// Starts a controller on its own address.
     pub fn controller(&self, name: &str, ip: &str) -> Program {
+        self.controller_with(name, ip, &self.kubeconfig)
+    }
+
+    /// Starts a controller that finds the API server at another address, without TLS.
+    #[allow(dead_code, reason = "not every test that has this module needs it")]
+    pub fn controller_through(&self, name: &str, ip: &str, proxy: SocketAddr) -> Program {
+        let text = std::fs::read_to_string(&self.kubeconfig).unwrap();
+        let mut config: Value = serde_yaml_ng::from_str(&text).unwrap();
+        config["clusters"][0]["cluster"] = json!({"server": format!("http://{proxy}")});
+        let kubeconfig = self.cluster.dir().join(format!("{name}.kubeconfig"));
+        std::fs::write(&kubeconfig, serde_yaml_ng::to_string(&config).unwrap()).unwrap();
+        self.controller_with(name, ip, &kubeconfig)
+    }
+
+    fn controller_with(&self, name: &str, ip: &str, kubeconfig: &std::path::Path) -> Program {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ebb"));
         command
             .args([
@@ -79,7 +95,7 @@ impl Setup {
                 "--pod-name",
                 name,
             ])
-            .env("KUBECONFIG", &self.kubeconfig)
+            .env("KUBECONFIG", kubeconfig)
             .env("EBB_LOG", "info,ebb=debug");
         self.cluster.spawn(name, command).unwrap()
     }

@@ -7,16 +7,15 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use ebb::api::gpu_node::GpuNode;
-use ebb::serve::forward::Forwarder;
-use ebb::serve::pki::Identity;
-use ebb::serve::tls::{self, ClientTls};
 use ebb_lab::ebb_install::{EBB, MODELS, Plan, Site};
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{Node, Pod, Secret};
+use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt as _};
 use serde_json::{Value, json};
 use tokio_util::task::AbortOnDropHandle;
+
+use super::client;
 
 pub const GIB: u64 = 1 << 30;
 /// Longest wait for one thing.
@@ -255,33 +254,8 @@ impl Hall {
 
     /// Posts to the leader's extender as the scheduler does, with the scheduler's certificate.
     pub async fn ask(&self, verb: &str, body: &Value) -> anyhow::Result<Value> {
-        let secrets: Api<Secret> = Api::namespaced(self.site.client.clone(), EBB);
-        let data = secrets
-            .get("ebb-scheduler-client")
-            .await?
-            .data
-            .unwrap_or_default();
-        let part = |key: &str| -> anyhow::Result<String> {
-            let bytes = data.get(key).with_context(|| format!("no {key} in the Secret"))?;
-            Ok(String::from_utf8(bytes.0.clone())?)
-        };
-        let identity = Identity {
-            certificate: part("tls.crt")?,
-            key: part("tls.key")?,
-        };
-        let config = tls::client_config(&part("ca.crt")?, Some(&identity))?;
-        let name = "ebb-controller.ebb-system.svc".to_owned();
-        let dialler = Forwarder::new(ClientTls::new(config), name, STEP, 1 << 20);
         let (_, address) = self.leader().await?;
-        let (head, ()) = http::Request::post(format!("/scheduler/{verb}"))
-            .header("content-type", "application/json")
-            .body(())?
-            .into_parts();
-        let answer = dialler
-            .forward(address, head, serde_json::to_vec(body)?.into())
-            .await?;
-        ensure!(answer.status().is_success(), "{answer:?}");
-        Ok(serde_json::from_slice(answer.body())?)
+        client::ask(&self.site.client, address, verb, body).await
     }
 
     /// No GPU was ever promised beyond what it has, whoever came and went.
