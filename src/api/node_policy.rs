@@ -22,7 +22,8 @@ use super::duration::Span;
     printcolumn = r#"{"name":"Max","type":"integer","jsonPath":".spec.maxNodes"}"#,
     printcolumn = r#"{"name":"Settle","type":"string","jsonPath":".spec.settleTime"}"#,
     printcolumn = r#"{"name":"Dry-Run","type":"boolean","jsonPath":".spec.dryRun"}"#,
-    printcolumn = r#"{"name":"Nodes","type":"integer","jsonPath":".status.selected"}"#
+    printcolumn = r#"{"name":"Nodes","type":"integer","jsonPath":".status.selected"}"#,
+    printcolumn = r#"{"name":"Ready","type":"string","jsonPath":".status.conditions[?(@.type=='Ready')].status"}"#
 )]
 #[kube(validation = Rule::new("self.spec.minNodes <= self.spec.maxNodes").message("minNodes must not be above maxNodes"))]
 #[serde(rename_all = "camelCase")]

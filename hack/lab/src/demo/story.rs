@@ -407,7 +407,7 @@ pub async fn what_to_try(site: &Site, timeline: &Timeline) -> anyhow::Result<()>
         String::new(),
         "  hack/enter kubectl get deployments,pods -n models -o wide".to_owned(),
         "  hack/enter kubectl get nodes,gpunodes,scalepolicies,nodepolicies".to_owned(),
-        "  hack/enter kubectl get events -A --sort-by=.lastTimestamp".to_owned(),
+        "  hack/enter kubectl get events -A --field-selector reportingComponent=ebb-controller --sort-by=.metadata.creationTimestamp".to_owned(),
         format!(
             "  hack/enter curl -s http://{address}/v1/chat/completions -d '{{\"messages\":[{{\"role\":\"user\",\"content\":\"hello\"}}]}}'"
         ),
@@ -416,6 +416,7 @@ pub async fn what_to_try(site: &Site, timeline: &Timeline) -> anyhow::Result<()>
         ),
         String::new(),
         format!("Logs and state: {}", site.dir().display()),
+        "Where another lab runs beside this one: hack/enter names both, and takes --lab PID.".to_owned(),
         "What happens goes on being told below.".to_owned(),
         String::new(),
     ] {

@@ -98,7 +98,8 @@ fn enter(plan: &Plan) -> anyhow::Result<std::process::Command> {
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("making mounts private")?;
     if let Some(hostname) = &plan.hostname {
-        std::fs::write("/proc/sys/kernel/hostname", hostname).context("setting the hostname")?;
+        // Not through /proc: that file is the machine's root's, whoever is root in here.
+        nix::unistd::sethostname(hostname).context("setting the hostname")?;
     }
     // Opened before anything is mounted: a mount may hide the source of a later one.
     let mut mounts = Vec::new();
