@@ -9,6 +9,7 @@ use super::refused::Refused;
 use super::verbs::NO_LEADER;
 use super::*;
 use crate::api::gpu_request::Sharing;
+use crate::api::host::Host;
 use crate::api::units::{Bytes, PodUid};
 use crate::plan::ledger::{Claim, Entry, Event, GpuFacts, Inventory, NodeFacts, PodFacts};
 
@@ -37,6 +38,7 @@ fn away(verb: Verb, body: &Value) -> Value {
 struct Leader {
     ledger: SharedLedger,
     refused: Refused,
+    mix: Mutex<Mix>,
     now_ms: u64,
 }
 
@@ -47,6 +49,8 @@ impl Leader {
             leader.tell(Event::Node(NodeFacts {
                 name: (*name).into(),
                 fence: None,
+                allocatable: None,
+                labels: Arc::default(),
             }));
             leader.tell(Event::Inventory(Inventory {
                 node: (*name).into(),
@@ -73,6 +77,12 @@ impl Leader {
         let desk = Desk {
             ledger: &self.ledger,
             refused: &self.refused,
+            mix: &self.mix,
+            packing: &|pod| {
+                pod.placement()
+                    .and_then(|text| text.parse().ok())
+                    .unwrap_or_default()
+            },
             now_ms: self.now_ms,
         };
         let bytes = verb.here(desk, body.to_string().as_bytes()).unwrap();
@@ -93,6 +103,7 @@ fn bind_on(node: &str, pod: &str, gib: u64) -> Event {
             uid: pod.into(),
             namespace: "default".into(),
             name: pod.into(),
+            host: Host::default(),
             claim: Claim {
                 gpus: Some(vec![format!("GPU-{node}").as_str().into()]),
                 bytes_per_gpu: Bytes(gib * GIB),
@@ -191,9 +202,9 @@ fn prioritize_ranks_the_tightest_first_and_holds_it() {
     assert_eq!(
         result,
         json!([
-            {"Host": "n0000", "Score": 0},
+            {"Host": "n0000", "Score": 8},
             {"Host": "n0001", "Score": 10},
-            {"Host": "n0002", "Score": 0},
+            {"Host": "n0002", "Score": 9},
         ])
     );
     assert_eq!(leader.held(&body(PRIORITIZE)).as_deref(), Some("n0001"));
@@ -287,6 +298,8 @@ fn adversarial_bodies_are_refused() {
             let desk = Desk {
                 ledger: &leader.ledger,
                 refused: &leader.refused,
+                mix: &leader.mix,
+                packing: &|_| Packing::default(),
                 now_ms: 0,
             };
             assert!(verb.here(desk, body.as_bytes()).is_err(), "{verb:?} {body}");
