@@ -87,7 +87,7 @@ impl Packer for Ebb {
                 gpus: Vec::new(),
             };
         }
-        let hands = self.mix.hands();
+        let hands = self.mix.hands(&self.ledger);
         let judge = Judge {
             packing: Packing::default(),
             hands: &hands,

@@ -227,7 +227,6 @@ fn hold(
     let now_ms = extender.now_ms();
     let name = NodeName::from(args.node.as_str());
     let want = ledger_feed::want_of(pod, Some(request.clone()));
-    let hands = extender.mix.lock().hands();
     let own = pod.annotations().get(annotations::PLACEMENT).map(String::as_str);
     let owners = pod.owner_references().iter();
     let packing = extender.packing(
@@ -235,12 +234,13 @@ fn hold(
         own,
         owners.map(|owner| (owner.kind.as_str(), owner.name.as_str())),
     );
-    let judge = Judge {
-        packing,
-        hands: &hands,
-    };
     extender.ledger.update(|ledger| {
         ledger.expire(now_ms);
+        let hands = extender.mix.lock().hands(ledger);
+        let judge = Judge {
+            packing,
+            hands: &hands,
+        };
         let granted = grant(ledger, &name, uid, request, &want, judge)?;
         let entry = ledger_feed::entry(pod, granted.claim.clone());
         if ledger.hold(&name, entry, Stage::Posted) {

@@ -105,15 +105,8 @@ fn filter(desk: Desk<'_>, body: &[u8]) -> Answer {
     };
     let uid = PodUid::from(pod.uid());
     let want = pod.want(Some(request.clone()));
-    let hands = {
-        let mut mix = desk.mix.lock();
-        mix.observe(&uid, &want);
-        mix.hands()
-    };
-    let judge = Judge {
-        packing: (desk.packing)(&pod),
-        hands: &hands,
-    };
+    let packing = (desk.packing)(&pod);
+    desk.mix.lock().observe(&uid, &want);
     // One lock for the answer and what it reserves, so that nobody comes between.
     let (fits, freed) = desk.ledger.update(|ledger| {
         ledger.expire(desk.now_ms);
@@ -126,6 +119,11 @@ fn filter(desk: Desk<'_>, body: &[u8]) -> Answer {
         let mut fitting = (0..fits.len()).filter(|index| fits[*index].is_ok());
         if let (Some(only), None) = (fitting.next(), fitting.next())
             && let Some(node) = ledger.node(&candidates.names[only])
+            && let hands = desk.mix.lock().hands(ledger)
+            && let judge = (Judge {
+                packing,
+                hands: &hands,
+            })
             && let Ok(choice) = placement::place(node, &want, Some(&uid), judge)
         {
             let node = node.name().clone();
@@ -162,12 +160,13 @@ fn prioritize(desk: Desk<'_>, body: &[u8]) -> Answer {
     };
     let uid = PodUid::from(pod.uid());
     let want = pod.want(Some(request.clone()));
-    let hands = desk.mix.lock().hands();
-    let judge = Judge {
-        packing: (desk.packing)(&pod),
-        hands: &hands,
-    };
+    let packing = (desk.packing)(&pod);
     let scores = desk.ledger.update(|ledger| {
+        let hands = desk.mix.lock().hands(ledger);
+        let judge = Judge {
+            packing,
+            hands: &hands,
+        };
         let known: Vec<(usize, &NodeState)> = (0..)
             .zip(&candidates.names)
             .filter_map(|(position, name)| Some((position, ledger.node(name)?)))

@@ -98,6 +98,12 @@ impl NodeState {
         &self.labels
     }
 
+    /// CPU and memory that it has for pods, where it says so.
+    #[must_use]
+    pub fn allocatable(&self) -> Option<Host> {
+        self.allocatable
+    }
+
     /// CPU and memory that no pod on it asked for; [`Host::UNLIMITED`] where it does not say what it has.
     #[must_use]
     pub fn host(&self) -> Host {

@@ -4,13 +4,17 @@
 //! once, and goes when enough newer ones have come. Futures are dealt from it like cards, without looking at them: each
 //! hand is one way that the next requests could come.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use crate::api::gpu_request::GpuRequest;
 use crate::api::host::Host;
 use crate::api::units::{Bytes, PodUid};
 use crate::plan::gating::Labels;
+use crate::plan::ledger::Ledger;
+use crate::plan::room::GpuRoom;
+
+use super::outlook::{NodeRoom, of_use};
 
 /// Requests remembered. Twice what is dealt, so that a hand is a sample and not the order in which they came.
 pub const REMEMBERED: usize = 1024;
@@ -20,6 +24,11 @@ const HANDS: usize = 16;
 const CARDS: usize = 32;
 /// How far ahead one looks: so many times what is free. Of what comes, most goes to other nodes.
 const HORIZON: u64 = 4;
+
+/// What is needed more than so many times over is as scarce as can be.
+const PRESSING: u64 = 4;
+/// The whole, where parts of one are counted.
+pub(super) const PARTS: u64 = 1 << 16;
 
 /// What a pod asks of a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,6 +73,7 @@ pub struct Mix {
     recent: VecDeque<(PodUid, Want)>,
     known: HashSet<PodUid>,
     seen: usize,
+    due: bool,
     dealt: Arc<Hands>,
 }
 
@@ -82,27 +92,34 @@ impl Mix {
         self.seen += 1;
         // Often while each request changes much, later whenever a quarter of the record is new.
         if self.seen.is_power_of_two() || self.seen < HANDS || self.seen.is_multiple_of(REMEMBERED / 4) {
-            self.dealt = Arc::new(Hands::deal(self.recent.iter().map(|(_, want)| want)));
+            self.due = true;
         }
     }
 
-    /// The futures as they were last dealt.
+    /// The futures, dealt anew where enough has changed.
     #[must_use]
-    pub fn hands(&self) -> Arc<Hands> {
+    pub fn hands(&mut self, ledger: &Ledger) -> Arc<Hands> {
+        if std::mem::take(&mut self.due) {
+            let requests = self.recent.iter().map(|(_, want)| want);
+            self.dealt = Arc::new(Hands::deal(requests, ledger));
+        }
         self.dealt.clone()
     }
 }
 
-/// Some ways in which the next requests could come.
+/// Some ways in which the next requests could come, and what is scarce for them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hands {
     hands: Vec<Vec<Card>>,
-    needs: Vec<Needs>,
+    /// Every different request with its weight; all together weigh [`PARTS`].
+    kinds: Vec<(Card, u64)>,
+    /// Every different demand on labels, and how much of what meets it will be asked for, in [`PARTS`].
+    needs: Vec<(Needs, u64)>,
     mean: Bytes,
 }
 
 /// One request that may come.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Card {
     /// GPU memory.
     pub gpus: GpuRequest,
@@ -113,9 +130,9 @@ pub(super) struct Card {
 }
 
 impl Hands {
-    /// Deals the requests; the same requests in the same order give the same hands.
+    /// Deals the requests. The same requests in the same order and the same ledger give the same hands.
     #[must_use]
-    pub fn deal<'a>(requests: impl Iterator<Item = &'a Want>) -> Hands {
+    pub fn deal<'a>(requests: impl Iterator<Item = &'a Want>, ledger: &Ledger) -> Hands {
         let mut needs: Vec<Needs> = Vec::new();
         let mut cards: Vec<Card> = requests
             .filter_map(|want| {
@@ -134,8 +151,18 @@ impl Hands {
         if cards.is_empty() {
             return Hands::default();
         }
-        let asked: u128 = cards.iter().map(|card| u128::from(asks(&card.gpus).0)).sum();
-        let mean = asked.div_ceil(cards.len() as u128);
+        // In the order in which they were first asked: no chance in sums.
+        let (mut kinds, mut places): (Vec<(Card, u128)>, HashMap<Card, usize>) = Default::default();
+        for card in &cards {
+            let place = *places.entry(card.clone()).or_insert_with(|| {
+                kinds.push((card.clone(), 0));
+                kinds.len() - 1
+            });
+            kinds[place].1 += total(&card.gpus);
+        }
+        let asked: u128 = kinds.iter().map(|(_, asked)| asked).sum();
+        let mean = asked / cards.len() as u128;
+        let (kinds, needs) = weigh(kinds, needs, ledger);
         shuffle(&mut cards);
         let hand = |first: usize| {
             let places = (0..CARDS).map(|card| (card * HANDS + first) % cards.len());
@@ -143,6 +170,7 @@ impl Hands {
         };
         Hands {
             hands: (0..HANDS).map(hand).collect(),
+            kinds,
             needs,
             mean: Bytes(u64::try_from(mean).unwrap_or(u64::MAX)),
         }
@@ -171,14 +199,91 @@ impl Hands {
         self.hands.iter().map(move |hand| &hand[..cards])
     }
 
+    /// Every different request with its weight, of [`PARTS`] in all.
+    pub(super) fn kinds(&self) -> &[(Card, u64)] {
+        &self.kinds
+    }
+
     /// For each of the different [`Needs`], whether a node with these labels meets it.
     pub(super) fn met_by(&self, labels: &Labels) -> Vec<bool> {
-        self.needs.iter().map(|needs| needs.met_by(labels)).collect()
+        self.needs.iter().map(|(needs, _)| needs.met_by(labels)).collect()
+    }
+
+    /// What a byte on a node that meets these of the needs takes from requests that can go nowhere else, in [`PARTS`].
+    /// Nothing as long as there is plenty for them, a byte when they will need all of it: the square of the part that
+    /// they will ask for.
+    pub(super) fn price(&self, meets: &[bool]) -> u64 {
+        let met = self.needs.iter().zip(meets).filter(|(_, met)| **met);
+        let pressure: u64 = met.map(|((_, pressure), _)| pressure).sum();
+        let pressure = pressure.min(PRESSING * PARTS);
+        pressure * pressure / PARTS
     }
 }
 
-fn asks(request: &GpuRequest) -> Bytes {
-    Bytes(request.bytes_per_gpu.0.saturating_mul(request.gpus.get().into()))
+/// Bytes that a request asks on all its GPUs together.
+pub(super) fn total(request: &GpuRequest) -> u128 {
+    u128::from(request.bytes_per_gpu.0) * u128::from(request.gpus.get())
+}
+
+/// Weighs each kind of request by what is asked for of it against what is free for it, and each demand on labels
+/// likewise, when all that is free will be asked for.
+fn weigh(
+    kinds: Vec<(Card, u128)>,
+    needs: Vec<Needs>,
+    ledger: &Ledger,
+) -> (Vec<(Card, u64)>, Vec<(Needs, u64)>) {
+    let asked: u128 = kinds.iter().map(|(_, asked)| asked).sum();
+    let mut free = 0;
+    let mut for_kind = vec![0; kinds.len()];
+    let mut for_needs = vec![0; needs.len()];
+    for node in ledger.nodes().filter(|node| node.shut().is_none()) {
+        let room = NodeRoom {
+            host: node.host(),
+            gpus: node
+                .gpus()
+                .iter()
+                .filter(|gpu| gpu.closed.is_none())
+                .map(GpuRoom::from)
+                .collect(),
+            meets: needs.iter().map(|needs| needs.met_by(node.labels())).collect(),
+        };
+        let there = u128::from(room.free().0);
+        free += there;
+        for (sum, (card, _)) in for_kind.iter_mut().zip(&kinds) {
+            *sum += of_use(&room, card);
+        }
+        for (sum, met) in for_needs.iter_mut().zip(&room.meets) {
+            *sum += if *met { there } else { 0 };
+        }
+    }
+    // What is nearly gone is scarce, and not infinitely so.
+    let least = free / 100 + 1;
+    let weights: Vec<u128> = kinds
+        .iter()
+        .zip(&for_kind)
+        .map(|((_, asked), there)| asked * (free + 1) / (*there).max(least))
+        .collect();
+    let all = weights.iter().sum::<u128>().max(1);
+    let parts = |amount: u128, of: u128| u64::try_from(amount * u128::from(PARTS) / of).unwrap_or(u64::MAX);
+    let pressure = |number: usize| {
+        let alike = kinds.iter().filter(|(card, _)| card.needs == number);
+        let asked_here: u128 = alike.map(|(_, asked)| asked).sum();
+        parts(asked_here, asked.max(1)).min(PARTS) as u128 * free / for_needs[number].max(least)
+    };
+    let pressures: Vec<u64> = (0..needs.len())
+        .map(|number| match needs[number].0.is_empty() {
+            true => 0,
+            false => u64::try_from(pressure(number)).unwrap_or(u64::MAX),
+        })
+        .collect();
+    (
+        kinds
+            .into_iter()
+            .zip(weights)
+            .map(|((card, _), weight)| (card, parts(weight, all)))
+            .collect(),
+        needs.into_iter().zip(pressures).collect(),
+    )
 }
 
 /// Fisher and Yates' shuffle with Steele's SplitMix64 (OOPSLA 2014) from a fixed start: no chance in a decision.

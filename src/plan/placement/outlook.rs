@@ -3,11 +3,16 @@
 //! Weng et al. (USENIX ATC'23) call free GPU memory a fragment, for a request, where it cannot be given to it, and take
 //! the expectation over the requests that come. They look one request ahead. Here the node is filled with the requests
 //! that come, as in [`Hands`], as long as any of them fits: what is left over at the end, GPU memory beside too little
-//! CPU included, is what the placement before it has wasted. The gradient is what a placement adds to that.
+//! CPU included, is what the placement before it has wasted. The paper's measure counts beside it, with less weight: it
+//! alone sees that a node takes no large request any more, whatever else still fills it.
 
-use super::mix::Hands;
+use super::mix::{Card, Hands, PARTS};
 use crate::api::host::Host;
+use crate::api::units::Bytes;
 use crate::plan::room::{self, GpuRoom};
+
+/// How much less than bytes left over, bytes that cannot be given to a request count: they may yet be given to another.
+const SCARCE: u128 = 8;
 
 /// What a node has left.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -20,12 +25,48 @@ pub struct NodeRoom {
     pub meets: Vec<bool>,
 }
 
-/// Bytes that are left over when the node is filled, summed over all hands.
+impl NodeRoom {
+    /// Free bytes on all its GPUs together.
+    #[must_use]
+    pub fn free(&self) -> Bytes {
+        self.gpus.iter().map(|gpu| gpu.free).sum()
+    }
+}
+
+/// How good the node's free GPU memory is, the lower, the better: in bytes × hands × [`PARTS`].
 #[must_use]
-pub fn leftover(node: &NodeRoom, hands: &Hands, scratch: &mut Vec<GpuRoom>) -> u128 {
-    let free = node.gpus.iter().map(|gpu| gpu.free).sum();
+pub fn waste(node: &NodeRoom, hands: &Hands, scratch: &mut Vec<GpuRoom>) -> u128 {
+    leftover(node, hands, scratch) * u128::from(PARTS) + fragments(node, hands) * hands.len() as u128 / SCARCE
+}
+
+/// Bytes that cannot be given to a request now, in the mean over the requests' weights, times [`PARTS`]: the paper's
+/// measure, where a request weighs what it asks, which is what is lost when it finds no place, and what it asks weighs
+/// the more the less there is for it.
+fn fragments(node: &NodeRoom, hands: &Hands) -> u128 {
+    let free = u128::from(node.free().0);
+    let kinds = hands.kinds().iter();
+    kinds
+        .map(|(card, weight)| u128::from(*weight) * (free - of_use(node, card)))
+        .sum()
+}
+
+/// Free bytes of GPUs that this request could get now.
+pub(super) fn of_use(node: &NodeRoom, card: &Card) -> u128 {
+    if !node.meets[card.needs] || !node.host.holds(card.host) {
+        return 0;
+    }
+    let (mut gpus, mut bytes) = (0, 0);
+    for gpu in node.gpus.iter().filter(|gpu| gpu.takes(&card.gpus)) {
+        gpus += 1;
+        bytes += u128::from(gpu.free.0);
+    }
+    if gpus >= card.gpus.gpus.get() { bytes } else { 0 }
+}
+
+/// Bytes that are left over when the node is filled, summed over all hands.
+fn leftover(node: &NodeRoom, hands: &Hands, scratch: &mut Vec<GpuRoom>) -> u128 {
     let mut sum = 0;
-    for hand in hands.ahead(free) {
+    for hand in hands.ahead(node.free()) {
         scratch.clone_from(&node.gpus);
         let mut host = node.host;
         for card in hand {

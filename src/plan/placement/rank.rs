@@ -1,7 +1,7 @@
 //! Which node, and which of its GPUs, a pod is best put on.
 //!
 //! - *fragmentation*: the place whose gradient is the smallest ([`super::outlook`]). Only the tightest places are looked
-//!   at, [`SHORTLIST`] different ones of the cluster: equal nodes are one, and the rest is never far better.
+//!   at, some different ones of each make of node: equal nodes are one, and the rest is never far better.
 //! - *best fit*: the tightest place on a node in use.
 //! - *spread*: the most room.
 //!
@@ -14,8 +14,8 @@ mod tests;
 
 use std::cmp::Reverse;
 
-use super::mix::{Hands, Want};
-use super::outlook::{NodeRoom, leftover};
+use super::mix::{Hands, PARTS, Want, total};
+use super::outlook::{NodeRoom, waste};
 use super::{Choice, MAX_SCORE, NodeRefusal, open, refusal};
 use crate::api::gpu_request::{GpuRequest, Sharing};
 use crate::api::host::Host;
@@ -27,6 +27,8 @@ use crate::plan::room::{self, GpuRoom, Picked};
 /// Different places that are looked at closely. On the public traces 16 leave 0.1 % more of the GPUs unallocated; all
 /// of them leave no less.
 const SHORTLIST: usize = 32;
+/// Of each make of node at least so many.
+const OF_EACH_MAKE: usize = 8;
 /// Using an empty node costs as much as wasting this part of a mean request: it could be given back. Enough to outweigh
 /// what is chance in the hands, and not what counts.
 const OPENING: u128 = 8;
@@ -61,7 +63,8 @@ struct Tight {
 /// A place as it is ordered, the best first.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Rank {
-    /// What the pod being there adds to what the node leaves over, in bytes times hands.
+    /// What the pod being there costs others: what it adds to the node's waste, what it takes from requests that can go
+    /// nowhere else, and an empty node. In bytes × hands × [`PARTS`].
     gradient: i128,
     opens_node: bool,
     tight: Tight,
@@ -129,7 +132,7 @@ pub fn rank<'n>(
         // Their order is that of the list itself.
         Packing::BestFit | Packing::Spread => usize::from(MAX_SCORE),
     };
-    let mut list: Vec<Listed<'n>> = Vec::with_capacity(most + 1);
+    let mut lists: Vec<(Make, Vec<Listed<'n>>)> = Vec::new();
     let mut count = 0;
     for (position, node) in nodes.into_iter().enumerate() {
         count = position + 1;
@@ -140,11 +143,18 @@ pub fn rank<'n>(
         let Some(key) = look(&seen, want, judge) else {
             continue;
         };
+        let make = Make::of(node, judge);
+        let known = lists.iter().position(|(known, _)| *known == make);
+        let number = known.unwrap_or_else(|| {
+            lists.push((make, Vec::new()));
+            lists.len() - 1
+        });
+        let list = &mut lists[number].1;
         if list.len() == most && list.last().is_some_and(|worst| worst.key < key) {
             continue;
         }
         enter(
-            &mut list,
+            list,
             Listed {
                 key,
                 room: seen.room(judge.hands),
@@ -154,9 +164,12 @@ pub fn rank<'n>(
         );
         list.truncate(most);
     }
+    // Room for each make: what is tight on one may be scarce there, and plenty on another.
+    let each = (most / lists.len().max(1)).max(OF_EACH_MAKE);
     let mut scratch = Vec::new();
-    let mut places: Vec<(Rank, &NodeName, Listed<'_>)> = list
+    let mut places: Vec<(Rank, &NodeName, Listed<'_>)> = lists
         .into_iter()
+        .flat_map(|(_, list)| list.into_iter().take(each))
         .filter_map(|listed| {
             let rank = best_on(&listed.room, want, judge, &mut scratch)?;
             Some((rank, listed.seen.node.name(), listed))
@@ -222,6 +235,28 @@ impl<'n> Seen<'n> {
         Choice {
             usable: gpus().map(|(_, gpu)| gpu.usable).min().unwrap_or_default(),
             gpus: gpus().map(|(_, gpu)| gpu.id.clone()).collect(),
+        }
+    }
+}
+
+/// What a node is like when it is empty.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Make {
+    gpus: usize,
+    usable: Bytes,
+    host: Option<Host>,
+}
+
+impl Make {
+    fn of(node: &NodeState, judge: Judge<'_>) -> Make {
+        match judge.packing() {
+            Packing::Fragmentation => Make {
+                gpus: node.gpus().len(),
+                usable: node.usable(),
+                host: node.allocatable(),
+            },
+            // Their order is that of all nodes.
+            Packing::BestFit | Packing::Spread => Make::default(),
         }
     }
 }
@@ -307,12 +342,18 @@ fn best_on(room: &NodeRoom, want: &Want, judge: Judge<'_>, scratch: &mut Vec<Gpu
     let hands = judge.hands;
     let opens_node = !room.gpus.is_empty() && room.gpus.iter().all(|gpu| gpu.empty);
     let before = match packing {
-        Packing::Fragmentation => leftover(room, hands, scratch),
+        Packing::Fragmentation => waste(room, hands, scratch),
         Packing::BestFit | Packing::Spread => 0,
     };
     let opening = match opens_node {
-        true => hands.len() as u128 * u128::from(hands.mean().0) / OPENING,
+        true => u128::from(PARTS) * hands.len() as u128 * u128::from(hands.mean().0) / OPENING,
         false => 0,
+    };
+    let taken = match (packing, &want.gpus) {
+        (Packing::Fragmentation, Some(request)) => {
+            total(request) * u128::from(hands.price(&room.meets)) * hands.len() as u128
+        }
+        _ => 0,
     };
     options(room, want, packing)
         .into_iter()
@@ -330,7 +371,9 @@ fn best_on(room: &NodeRoom, want: &Want, judge: Judge<'_>, scratch: &mut Vec<Gpu
                 room::give(&mut after.gpus, request, picked);
             }
             let gradient = match packing {
-                Packing::Fragmentation => signed(leftover(&after, hands, scratch) + opening) - signed(before),
+                Packing::Fragmentation => {
+                    signed(waste(&after, hands, scratch) + opening + taken) - signed(before)
+                }
                 Packing::BestFit | Packing::Spread => 0,
             };
             Rank {

@@ -130,7 +130,7 @@ fn replay(
     let (mut ledger, mut mix) = (ledger(shapes), Mix::default());
     for (number, want) in wants.iter().enumerate() {
         mix.observe(&format!("pod-{number}").as_str().into(), want);
-        let hands = mix.hands();
+        let hands = mix.hands(&ledger);
         let judge = Judge {
             packing,
             hands: &hands,
@@ -186,7 +186,24 @@ fn naive_leftover(node: &NodeState, host: Host, gpus: &[GpuRoom], hands: &Hands)
         }
         sum += gpus.iter().map(|gpu| i128::from(gpu.free.0)).sum::<i128>();
     }
-    sum
+    let fragments: i128 = hands
+        .kinds()
+        .iter()
+        .map(|(card, part)| {
+            let able: Vec<&GpuRoom> = gpus.iter().filter(|gpu| gpu.takes(&card.gpus)).collect();
+            let fits = able.len() >= card.gpus.gpus.get() as usize
+                && meets[card.needs]
+                && host.cpu >= card.host.cpu
+                && host.memory >= card.host.memory;
+            let of_use = if fits {
+                able.iter().map(|gpu| gpu.free.0).sum()
+            } else {
+                0
+            };
+            i128::from(*part) * i128::from(free.0 - of_use)
+        })
+        .sum();
+    sum * i128::from(PARTS) + fragments * hands.len() as i128 / 8
 }
 
 /// The gradient of a place, counted anew on both sides.
@@ -206,12 +223,17 @@ fn naive_gradient(node: &NodeState, want: &Want, choice: &Choice, hands: &Hands)
     }
     let opens = !before.is_empty() && before.iter().all(|gpu| gpu.empty);
     let opening = if opens {
-        hands.len() as i128 * i128::from(hands.mean().0) / 8
+        i128::from(PARTS) * hands.len() as i128 * i128::from(hands.mean().0) / 8
     } else {
         0
     };
     let left = node.host().saturating_sub(want.host);
-    naive_leftover(node, left, &after, hands) + opening - naive_leftover(node, node.host(), &before, hands)
+    let price = want.gpus.as_ref().map_or(0, |request| {
+        let meets = hands.met_by(node.labels());
+        total(request) * u128::from(hands.price(&meets)) * hands.len() as u128
+    });
+    naive_leftover(node, left, &after, hands) + opening + i128::try_from(price).unwrap()
+        - naive_leftover(node, node.host(), &before, hands)
 }
 
 proptest! {
@@ -338,11 +360,15 @@ fn the_mix_is_bounded_and_counts_a_pod_once() {
     for _ in 0..100 {
         mix.observe(&"b".into(), &want(30));
     }
-    assert_eq!(mix.hands().mean(), Bytes(20));
+    assert_eq!(mix.hands(&Ledger::default()).mean(), Bytes(20));
     for number in 0..2 * REMEMBERED {
         mix.observe(&format!("{number}").as_str().into(), &want(50));
     }
-    assert_eq!(mix.hands().mean(), Bytes(50), "what was long ago is forgotten");
+    assert_eq!(
+        mix.hands(&Ledger::default()).mean(),
+        Bytes(50),
+        "what was long ago is forgotten"
+    );
 }
 
 #[test]
@@ -382,13 +408,62 @@ fn a_share_goes_where_another_that_comes_still_fits() {
         .unwrap();
         enter(&mut ledger, number, &node.into(), &want(bytes), &choice);
     }
-    let hands = mix.hands();
+    let hands = mix.hands(&ledger);
     let judge = Judge {
         packing: Packing::Fragmentation,
         hands: &hands,
     };
     let nodes = sorted(&ledger);
     assert_eq!(rank(nodes.iter().copied(), &want(30), None, judge).order[0].0, 1);
+}
+
+#[test]
+fn a_card_that_others_cannot_do_without_is_left_to_them() {
+    let shapes: Vec<Shape> = [true, false]
+        .map(|pool| Shape {
+            gpus: vec![80; 4],
+            cpu: 1000,
+            fence: None,
+            pool,
+        })
+        .to_vec();
+    let any = |bytes| Want {
+        gpus: Some(GpuRequest {
+            gpus: NonZeroU32::MIN,
+            bytes_per_gpu: Bytes(bytes),
+            sharing: Sharing::Shared,
+        }),
+        host: Host::default(),
+        needs: Needs::default(),
+    };
+    let mut picky = any(40);
+    picky.needs.require("pool", ["a"].into_iter());
+    let ledger = ledger(&shapes);
+    for (picky_of_8, chosen) in [(0, 0), (4, 1)] {
+        let mut mix = Mix::default();
+        for number in 0..64 {
+            let want = if number % 8 < picky_of_8 {
+                picky.clone()
+            } else {
+                any(40)
+            };
+            mix.observe(&format!("seen-{number}").as_str().into(), &want);
+        }
+        let hands = mix.hands(&ledger);
+        let judge = Judge {
+            packing: Packing::Fragmentation,
+            hands: &hands,
+        };
+        let nodes = sorted(&ledger);
+        assert_eq!(
+            rank(nodes.iter().copied(), &any(40), None, judge).order[0].0,
+            chosen
+        );
+        assert_eq!(
+            rank(nodes.iter().take(1).copied(), &picky, None, judge).order[0].0,
+            0
+        );
+    }
 }
 
 #[test]
