@@ -211,6 +211,43 @@ fn prioritize_ranks_the_tightest_first_and_holds_it() {
 }
 
 #[test]
+fn prioritize_spreads_where_the_pod_says_so() {
+    let leader = Leader::new(&[("n0000", 40), ("n0001", 40), ("n0002", 24)]);
+    leader.tell(bind_on("n0001", "other", 20));
+    let mut pod = body(PRIORITIZE);
+    pod["Pod"]["metadata"]["annotations"] = json!({"ebb.dev/placement": "spread"});
+    let result = leader.answer(Verb::Prioritize, &pod);
+    assert_eq!(result[0]["Score"], 10, "{result}");
+    assert_eq!(leader.held(&pod).as_deref(), Some("n0000"));
+}
+
+#[test]
+fn filter_learns_what_is_asked_and_counts_a_pod_once() {
+    let leader = Leader::new(&[("n0000", 24)]);
+    for _ in 0..3 {
+        leader.answer(Verb::Filter, &body(FILTER));
+    }
+    let hands = leader.ledger.read(|ledger| leader.mix.lock().hands(ledger));
+    assert!(!hands.is_empty());
+}
+
+#[test]
+fn a_pod_without_gpu_memory_is_kept_off_gpus() {
+    let leader = Leader::new(&[("n0000", 24)]);
+    let mut pod = body(PRIORITIZE);
+    pod["Pod"]["spec"]["containers"][0]["resources"] = json!({"requests": {"cpu": "2"}});
+    leader.tell(Event::Node(NodeFacts {
+        name: "n0001".into(),
+        fence: None,
+        allocatable: None,
+        labels: Arc::default(),
+    }));
+    let result = leader.answer(Verb::Prioritize, &pod);
+    assert_eq!(result[1]["Score"], 10, "{result}");
+    assert_eq!(leader.held(&pod), None);
+}
+
+#[test]
 fn race_the_next_pods_filter_before_this_pods_bind() {
     // One node passes: nobody will ask to prioritize, so filter itself holds it.
     let mut leader = Leader::new(&[("n0000", 24)]);

@@ -155,11 +155,11 @@ fn filter(desk: Desk<'_>, body: &[u8]) -> Answer {
 
 fn prioritize(desk: Desk<'_>, body: &[u8]) -> Answer {
     let (pod, candidates) = serde_json::from_slice::<wire::Args>(body)?.split()?;
-    let Ok(Some(request)) = pod.request() else {
+    let Ok(request) = pod.request() else {
         return serde_json::to_vec(&unranked(candidates.names));
     };
     let uid = PodUid::from(pod.uid());
-    let want = pod.want(Some(request.clone()));
+    let want = pod.want(request.clone());
     let packing = (desk.packing)(&pod);
     let scores = desk.ledger.update(|ledger| {
         let hands = desk.mix.lock().hands(ledger);
@@ -177,9 +177,19 @@ fn prioritize(desk: Desk<'_>, body: &[u8]) -> Answer {
         for ((position, _), score) in known.iter().zip(ranking.scores()) {
             scores[*position] = score;
         }
+        let Some(request) = &request else {
+            // A pod without GPU memory, where the scheduler asks about those too: it wastes least where no GPU is.
+            let bare = |name: &str| ledger.node(name).is_none_or(|node| node.gpus().is_empty());
+            for (score, name) in scores.iter_mut().zip(&candidates.names) {
+                if bare(name) {
+                    *score = placement::MAX_SCORE;
+                }
+            }
+            return scores;
+        };
         if let Some((best, choice)) = ranking.order.into_iter().next() {
             let node = known[best].1.name().clone();
-            let entry = entry(&pod, &uid, &want, &request, choice);
+            let entry = entry(&pod, &uid, &want, request, choice);
             ledger.hold(&node, entry, desk.reserved());
         }
         scores

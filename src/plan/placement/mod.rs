@@ -4,6 +4,7 @@
 //! what a [`Judge`] is told: the way to pack, and the [`Mix`] of requests that the cluster really gets. The same ledger,
 //! request and mix give the same answer, always.
 
+mod hands;
 mod mix;
 mod outlook;
 mod rank;
@@ -13,7 +14,8 @@ mod tests;
 
 use std::cmp::Reverse;
 
-pub use mix::{Hands, Mix, Needs, REMEMBERED, Want};
+pub use hands::Hands;
+pub use mix::{Mix, Needs, REMEMBERED, Want};
 pub use rank::{Judge, Ranking, place, rank};
 pub use refusal::{Miss, NodeRefusal, Reasons, Refusal};
 

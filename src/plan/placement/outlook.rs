@@ -6,7 +6,7 @@
 //! CPU included, is what the placement before it has wasted. The paper's measure counts beside it, with less weight: it
 //! alone sees that a node takes no large request any more, whatever else still fills it.
 
-use super::mix::{Card, Hands, PARTS};
+use super::hands::{Card, Hands, PARTS};
 use crate::api::host::Host;
 use crate::api::units::Bytes;
 use crate::plan::room::{self, GpuRoom};

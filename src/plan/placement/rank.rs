@@ -14,7 +14,8 @@ mod tests;
 
 use std::cmp::Reverse;
 
-use super::mix::{Hands, PARTS, Want, total};
+use super::hands::{Hands, PARTS, total};
+use super::mix::Want;
 use super::outlook::{NodeRoom, waste};
 use super::{Choice, MAX_SCORE, NodeRefusal, open, refusal};
 use crate::api::gpu_request::{GpuRequest, Sharing};

@@ -355,17 +355,24 @@ fn the_mix_is_bounded_and_counts_a_pod_once() {
         host: Host::default(),
         needs: Needs::default(),
     };
+    let ledger = ledger(&[Shape {
+        gpus: vec![80],
+        cpu: 10,
+        fence: None,
+        pool: true,
+    }]);
     let mut mix = Mix::default();
     mix.observe(&"a".into(), &want(10));
+    mix.observe(&"huge".into(), &want(Bytes::MAX.0));
     for _ in 0..100 {
         mix.observe(&"b".into(), &want(30));
     }
-    assert_eq!(mix.hands(&Ledger::default()).mean(), Bytes(20));
+    assert_eq!(mix.hands(&ledger).mean(), Bytes(20));
     for number in 0..2 * REMEMBERED {
         mix.observe(&format!("{number}").as_str().into(), &want(50));
     }
     assert_eq!(
-        mix.hands(&Ledger::default()).mean(),
+        mix.hands(&ledger).mean(),
         Bytes(50),
         "what was long ago is forgotten"
     );
