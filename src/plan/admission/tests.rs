@@ -76,7 +76,6 @@ fn own() -> impl Strategy<Value = std::collections::BTreeMap<String, String>> {
         Just(key::MIN_REPLICAS),
         Just(key::MAX_REPLICAS),
         Just(key::TARGET_IN_FLIGHT),
-        Just(key::PLACEMENT),
         Just(key::MAX_WAIT),
         Just(key::QUEUE_REQUESTS),
         Just(key::QUEUE_BYTES),

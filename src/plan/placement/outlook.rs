@@ -7,12 +7,13 @@
 //! alone sees that a node takes no large request any more, whatever else still fills it.
 
 use super::hands::{Card, Hands, PARTS};
+use crate::api::gpu_request::Sharing;
 use crate::api::host::Host;
 use crate::api::units::Bytes;
 use crate::plan::room::{self, GpuRoom};
 
 /// How much less than bytes left over, bytes that cannot be given to a request count: they may yet be given to another.
-const SCARCE: u128 = 8;
+const SCARCE: u128 = 16;
 
 /// What a node has left.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -50,7 +51,8 @@ fn fragments(node: &NodeRoom, hands: &Hands) -> u128 {
         .sum()
 }
 
-/// Free bytes of GPUs that this request could get now.
+/// Free bytes that requests like this one could get now, in whole requests: the paper counts what is free on each GPU
+/// that takes one, and so finds two halves of a card as good as a whole one.
 pub(super) fn of_use(node: &NodeRoom, card: &Card) -> u128 {
     if !node.meets[card.needs] || !node.host.holds(card.host) {
         return 0;
@@ -58,7 +60,10 @@ pub(super) fn of_use(node: &NodeRoom, card: &Card) -> u128 {
     let (mut gpus, mut bytes) = (0, 0);
     for gpu in node.gpus.iter().filter(|gpu| gpu.takes(&card.gpus)) {
         gpus += 1;
-        bytes += u128::from(gpu.free.0);
+        bytes += match card.gpus.sharing {
+            Sharing::Shared => u128::from(gpu.free.0 - gpu.free.0 % card.gpus.bytes_per_gpu.0.max(1)),
+            Sharing::Exclusive => u128::from(gpu.free.0),
+        };
     }
     if gpus >= card.gpus.gpus.get() { bytes } else { 0 }
 }

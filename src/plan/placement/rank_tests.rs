@@ -163,7 +163,7 @@ fn naive_leftover(node: &NodeState, host: Host, gpus: &[GpuRoom], hands: &Hands)
             let mut able: Vec<usize> = (0..gpus.len())
                 .filter(|gpu| gpus[*gpu].takes(&card.gpus))
                 .collect();
-            able.sort_by_key(|gpu| (gpus[*gpu].free, *gpu));
+            able.sort_by_key(|gpu| (gpus[*gpu].free, gpus[*gpu].usable, gpus[*gpu].empty, *gpu));
             let asked = card.gpus.gpus.get() as usize;
             if !meets[card.needs]
                 || host.cpu < card.host.cpu
@@ -196,14 +196,21 @@ fn naive_leftover(node: &NodeState, host: Host, gpus: &[GpuRoom], hands: &Hands)
                 && host.cpu >= card.host.cpu
                 && host.memory >= card.host.memory;
             let of_use = if fits {
-                able.iter().map(|gpu| gpu.free.0).sum()
+                able.iter().map(|gpu| whole_requests(gpu, &card.gpus)).sum()
             } else {
                 0
             };
             i128::from(*part) * i128::from(free.0 - of_use)
         })
         .sum();
-    sum * i128::from(PARTS) + fragments * hands.len() as i128 / 8
+    sum * i128::from(PARTS) + fragments * hands.len() as i128 / 16
+}
+
+fn whole_requests(gpu: &GpuRoom, request: &GpuRequest) -> u64 {
+    match request.sharing {
+        Sharing::Shared => gpu.free.0 / request.bytes_per_gpu.0 * request.bytes_per_gpu.0,
+        Sharing::Exclusive => gpu.free.0,
+    }
 }
 
 /// The gradient of a place, counted anew on both sides.
@@ -422,6 +429,33 @@ fn a_share_goes_where_another_that_comes_still_fits() {
     };
     let nodes = sorted(&ledger);
     assert_eq!(rank(nodes.iter().copied(), &want(30), None, judge).order[0].0, 1);
+}
+
+#[test]
+fn two_that_fit_together_share_one_gpu() {
+    let shapes = [0; 3].map(|_| Shape {
+        gpus: vec![40; 4],
+        cpu: 1000,
+        fence: None,
+        pool: true,
+    });
+    let want = Want {
+        gpus: Some(GpuRequest {
+            gpus: NonZeroU32::MIN,
+            bytes_per_gpu: Bytes(18),
+            sharing: Sharing::Shared,
+        }),
+        host: Host::default(),
+        needs: Needs::default(),
+    };
+    let mut chosen = Vec::new();
+    let wants = vec![want; 4];
+    replay(&shapes, &wants, Packing::Fragmentation, |_, _, _, ranking| {
+        chosen.push(ranking.order[0].1.gpus[0].to_string());
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(chosen, ["node-0/0", "node-0/0", "node-0/1", "node-0/1"]);
 }
 
 #[test]
