@@ -36,6 +36,7 @@ pub struct Hands {
     /// Every different demand on labels, and how much of what meets it will be asked for, in [`PARTS`].
     needs: Vec<(Needs, u64)>,
     mean: Bytes,
+    smallest: Bytes,
 }
 
 /// One request that may come.
@@ -91,6 +92,7 @@ impl Hands {
         }
         let asked: u128 = kinds.iter().map(|(_, asked)| asked).sum();
         let mean = asked / cards.len() as u128;
+        let smallest = cards.iter().map(|card| card.gpus.bytes_per_gpu).min();
         let supply = Supply::count(&kinds, &needs, ledger);
         let needs = supply.press(needs, &kinds);
         let kinds = supply.weigh(kinds);
@@ -104,6 +106,7 @@ impl Hands {
             kinds,
             needs,
             mean: Bytes(u64::try_from(mean).unwrap_or(u64::MAX)),
+            smallest: smallest.unwrap_or_default(),
         }
     }
 
@@ -121,6 +124,11 @@ impl Hands {
     /// What one request asks in the mean, on all its GPUs together.
     pub(super) fn mean(&self) -> Bytes {
         self.mean
+    }
+
+    /// What any request asks of a GPU at least.
+    pub(super) fn smallest(&self) -> Bytes {
+        self.smallest
     }
 
     /// The hands, each as far as one looks with so much free.

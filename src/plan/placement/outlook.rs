@@ -77,6 +77,9 @@ fn leftover(node: &NodeRoom, hands: &Hands, scratch: &mut Vec<GpuRoom>) -> u128 
         for card in hand {
             if node.meets[card.needs] && host.holds(card.host) && room::take(scratch, &card.gpus) {
                 host = host.saturating_sub(card.host);
+                if scratch.iter().all(|gpu| gpu.free < hands.smallest()) {
+                    break;
+                }
             }
         }
         sum += scratch.iter().map(|gpu| u128::from(gpu.free.0)).sum::<u128>();

@@ -30,6 +30,8 @@ use crate::plan::room::{self, GpuRoom, Picked};
 const SHORTLIST: usize = 32;
 /// Of each make of node at least so many.
 const OF_EACH_MAKE: usize = 8;
+/// Different GPUs of a node that are looked at closely for a share of one, the tightest.
+const OF_EACH_NODE: usize = 4;
 /// Using an empty node costs as much as wasting this part of a mean request: it could be given back. Enough to outweigh
 /// what is chance in the hands, and not what counts.
 const OPENING: u128 = 8;
@@ -391,7 +393,7 @@ fn best_on(room: &NodeRoom, want: &Want, judge: Judge<'_>, scratch: &mut Vec<Gpu
         .min()
 }
 
-/// GPUs that come into question for the request: each different one for a share of a single GPU, else the tightest, or
+/// GPUs that come into question for the request: some different ones for a share of a single GPU, else the tightest, or
 /// the emptiest to spread.
 fn options(room: &NodeRoom, want: &Want, packing: Packing) -> Vec<Picked> {
     let Some(request) = &want.gpus else {
@@ -402,10 +404,13 @@ fn options(room: &NodeRoom, want: &Want, packing: Packing) -> Vec<Picked> {
         Packing::Fragmentation if one_share => {
             let gpus = &room.gpus[..room.gpus.len().min(Picked::MOST)];
             let fitting = (0..gpus.len()).filter(|position| gpus[*position].takes(request));
-            fitting
+            let mut different: Vec<usize> = fitting
                 .filter(|position| !gpus[..*position].contains(&gpus[*position]))
-                .map(|position| Picked::default().with(position))
-                .collect()
+                .collect();
+            different.sort_by_key(|position| (gpus[*position].free, gpus[*position]));
+            different.truncate(OF_EACH_NODE);
+            let picked = different.into_iter();
+            picked.map(|position| Picked::default().with(position)).collect()
         }
         Packing::Fragmentation | Packing::BestFit => room::pick(&room.gpus, request, |gpu| gpu.free)
             .into_iter()
