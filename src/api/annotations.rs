@@ -24,6 +24,8 @@ pub const MAX_WAIT: &str = "ebb.dev/max-wait";
 pub const QUEUE_REQUESTS: &str = "ebb.dev/queue-requests";
 /// Bytes of held requests' heads and first body parts, as a quantity.
 pub const QUEUE_BYTES: &str = "ebb.dev/queue-bytes";
+/// How its pods are placed: `fragmentation`, `best-fit` or `spread`. A pod's own annotation of that key comes first.
+pub const PLACEMENT: &str = "ebb.dev/placement";
 
 // On a pod (written by a person in the pod template).
 

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::duration::Span;
+use super::packing::Packing;
 
 /// Which namespaces and workloads Ebb scales, and the values they get. A workload is managed when it asks for
 /// `ebb.dev/gpu-memory` and a policy selects it; where several do, the one with the highest `priority` counts, then
@@ -57,6 +58,11 @@ pub struct ScalePolicySpec {
     /// Time without a request after which a workload sleeps, as `10m`.
     #[serde(default = "defaults::idle_after")]
     pub idle_after: Span,
+    /// How a workload's pods are placed among the nodes where they fit. `fragmentation`: where the free GPU memory stays
+    /// most usable for what the cluster is really asked for. `best-fit`: where the least is left beside them, on nodes in
+    /// use before empty ones. `spread`: on the emptiest nodes and GPUs, which keeps replicas apart and nodes busy.
+    #[serde(default)]
+    pub placement: Packing,
     /// What happens to requests while a workload wakes.
     #[serde(default)]
     pub cold_start: ColdStart,

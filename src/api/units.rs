@@ -74,72 +74,98 @@ impl FromStr for Bytes {
     type Err = QuantityError;
 
     fn from_str(text: &str) -> Result<Bytes, QuantityError> {
-        let syntax = || QuantityError::Syntax(text.to_owned());
-        let range = || QuantityError::Range(text.to_owned());
-        // 2⁶² has 19 digits; a longer text is no quantity anybody means, and the bound keeps the sums below in i128.
-        if text.len() > 40 {
-            return Err(syntax());
-        }
-        let split = text
-            .find(|c: char| !(c.is_ascii_digit() || matches!(c, '.' | '+' | '-')))
-            .unwrap_or(text.len());
-        let (number, suffix) = text.split_at(split);
-        // Powers: value = digits × 2^two × 10^ten.
-        let (two, mut ten): (u32, i32) = match suffix {
-            "" => (0, 0),
-            "Ki" => (10, 0),
-            "Mi" => (20, 0),
-            "Gi" => (30, 0),
-            "Ti" => (40, 0),
-            "Pi" => (50, 0),
-            "Ei" => (60, 0),
-            "n" => (0, -9),
-            "u" => (0, -6),
-            "m" => (0, -3),
-            "k" => (0, 3),
-            "M" => (0, 6),
-            "G" => (0, 9),
-            "T" => (0, 12),
-            "P" => (0, 15),
-            "E" => (0, 18),
-            other => {
-                let exponent = other.strip_prefix(['e', 'E']).ok_or_else(syntax)?;
-                (0, exponent.parse::<i8>().map_err(|_| syntax())?.into())
-            }
-        };
-        let negative = number.starts_with('-');
-        let digits = number.strip_prefix(['+', '-']).unwrap_or(number);
-        let (whole, fraction) = digits.split_once('.').unwrap_or((digits, ""));
-        if whole.is_empty() && fraction.is_empty()
-            || !whole.chars().chain(fraction.chars()).all(|c| c.is_ascii_digit())
-        {
-            return Err(syntax());
-        }
-        let mut value: u128 = 0;
-        for digit in whole.bytes().chain(fraction.bytes()) {
-            value = value
-                .checked_mul(10)
-                .and_then(|v| v.checked_add(u128::from(digit - b'0')))
-                .ok_or_else(range)?;
-        }
-        ten -= i32::try_from(fraction.len()).map_err(|_| syntax())?;
-        value = value.checked_mul(1u128 << two).ok_or_else(range)?;
-        while ten > 0 && value != 0 {
-            value = value.checked_mul(10).ok_or_else(range)?;
-            ten -= 1;
-        }
-        while ten < 0 {
-            if !value.is_multiple_of(10) {
-                return Err(QuantityError::Fraction(text.to_owned()));
-            }
-            value /= 10;
-            ten += 1;
-        }
-        if value > u128::from(Bytes::MAX.0) || (negative && value != 0) {
-            return Err(range());
-        }
-        u64::try_from(value).map(Bytes).map_err(|_| range())
+        quantity(text, 0, Remainder::Refused).map(Bytes)
     }
+}
+
+/// Thousandths of a CPU core.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MilliCpu(pub u64);
+
+/// The same notation, counted in cores (`500m`, `2`, `0.25`); a part of a thousandth counts as a whole one, as in
+/// Kubernetes.
+impl FromStr for MilliCpu {
+    type Err = QuantityError;
+
+    fn from_str(text: &str) -> Result<MilliCpu, QuantityError> {
+        quantity(text, 3, Remainder::RoundedUp).map(MilliCpu)
+    }
+}
+
+/// What becomes of a part of a unit.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Remainder {
+    Refused,
+    RoundedUp,
+}
+
+/// Reads a quantity in units of 10^−`scale`.
+fn quantity(text: &str, scale: i32, remainder: Remainder) -> Result<u64, QuantityError> {
+    let syntax = || QuantityError::Syntax(text.to_owned());
+    let range = || QuantityError::Range(text.to_owned());
+    // 2⁶² has 19 digits; a longer text is no quantity anybody means, and the bound keeps the sums below in i128.
+    if text.len() > 40 {
+        return Err(syntax());
+    }
+    let split = text
+        .find(|c: char| !(c.is_ascii_digit() || matches!(c, '.' | '+' | '-')))
+        .unwrap_or(text.len());
+    let (number, suffix) = text.split_at(split);
+    // Powers: value = digits × 2^two × 10^ten.
+    let (two, mut ten): (u32, i32) = match suffix {
+        "" => (0, 0),
+        "Ki" => (10, 0),
+        "Mi" => (20, 0),
+        "Gi" => (30, 0),
+        "Ti" => (40, 0),
+        "Pi" => (50, 0),
+        "Ei" => (60, 0),
+        "n" => (0, -9),
+        "u" => (0, -6),
+        "m" => (0, -3),
+        "k" => (0, 3),
+        "M" => (0, 6),
+        "G" => (0, 9),
+        "T" => (0, 12),
+        "P" => (0, 15),
+        "E" => (0, 18),
+        other => {
+            let exponent = other.strip_prefix(['e', 'E']).ok_or_else(syntax)?;
+            (0, exponent.parse::<i8>().map_err(|_| syntax())?.into())
+        }
+    };
+    let negative = number.starts_with('-');
+    let digits = number.strip_prefix(['+', '-']).unwrap_or(number);
+    let (whole, fraction) = digits.split_once('.').unwrap_or((digits, ""));
+    if whole.is_empty() && fraction.is_empty()
+        || !whole.chars().chain(fraction.chars()).all(|c| c.is_ascii_digit())
+    {
+        return Err(syntax());
+    }
+    let mut value: u128 = 0;
+    for digit in whole.bytes().chain(fraction.bytes()) {
+        value = value
+            .checked_mul(10)
+            .and_then(|v| v.checked_add(u128::from(digit - b'0')))
+            .ok_or_else(range)?;
+    }
+    ten += scale - i32::try_from(fraction.len()).map_err(|_| syntax())?;
+    value = value.checked_mul(1u128 << two).ok_or_else(range)?;
+    while ten > 0 && value != 0 {
+        value = value.checked_mul(10).ok_or_else(range)?;
+        ten -= 1;
+    }
+    while ten < 0 {
+        if remainder == Remainder::Refused && !value.is_multiple_of(10) {
+            return Err(QuantityError::Fraction(text.to_owned()));
+        }
+        value = value.div_ceil(10);
+        ten += 1;
+    }
+    if value > u128::from(Bytes::MAX.0) || (negative && value != 0) {
+        return Err(range());
+    }
+    u64::try_from(value).map_err(|_| range())
 }
 
 /// A count of replicas.
@@ -233,6 +259,21 @@ mod tests {
         assert!(matches!("1m".parse::<Bytes>(), Err(QuantityError::Fraction(_))));
         assert!(matches!("-1".parse::<Bytes>(), Err(QuantityError::Range(_))));
         assert!(matches!("8Ei".parse::<Bytes>(), Err(QuantityError::Range(_))));
+    }
+
+    #[test]
+    fn cores_in_thousandths_rounded_up() {
+        for (text, milli) in [
+            ("500m", 500),
+            ("2", 2000),
+            ("0.25", 250),
+            ("1n", 1),
+            ("1500u", 2),
+            ("1k", 1_000_000),
+        ] {
+            assert_eq!(text.parse::<MilliCpu>().unwrap(), MilliCpu(milli), "{text}");
+        }
+        assert!("two".parse::<MilliCpu>().is_err());
     }
 
     proptest! {

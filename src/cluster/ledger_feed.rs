@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::api::core::v1::{Node, Pod, PodSpec};
 use kube::ResourceExt;
 use kube::runtime::watcher;
 use parking_lot::{Mutex, RwLock};
@@ -14,8 +14,11 @@ use super::view::{Hook, Hooks};
 use crate::api::gpu_node::{Gpu, GpuNode};
 use crate::api::gpu_request::{GpuRequest, GpuRequestError, Sharing, gpu_request};
 use crate::api::units::{Bytes, GpuId, NodeName, PodUid};
-use crate::api::{annotations, names};
-use crate::plan::ledger::{Claim, Entry, Event, Fence, GpuFacts, Inventory, Ledger, NodeFacts, PodFacts};
+use crate::api::{annotations, host, names};
+use crate::plan::ledger::{
+    Claim, Entry, Event, Fence, GpuFacts, Inventory, Ledger, NeighbourFacts, NodeFacts, PodFacts,
+};
+use crate::plan::placement::{Needs, Want};
 
 /// How the kubelet and container runtimes name a GPU by CDI.
 pub const CDI_PREFIX: &str = "runtime.nvidia.com/gpu=";
@@ -83,7 +86,7 @@ pub fn feed() -> (SharedLedger, Hooks) {
             pod_uid,
             pod_event,
             Event::PodGone,
-            |ledger| ledger.bound_pods().cloned().collect(),
+            |ledger| ledger.entered_pods().cloned().collect(),
         )),
         nodes: Some(hook(
             ledger.clone(),
@@ -140,7 +143,9 @@ fn hook<K: 'static, Id: std::hash::Hash + Eq + Send + 'static>(
     })
 }
 
-fn pod_uid(pod: &Pod) -> PodUid {
+/// The pod's UID.
+#[must_use]
+pub fn pod_uid(pod: &Pod) -> PodUid {
     PodUid::from(pod.metadata.uid.as_deref().unwrap_or_default())
 }
 
@@ -148,19 +153,28 @@ fn node_name<K: kube::Resource>(node: &K) -> NodeName {
     NodeName::from(node.meta().name.as_deref().unwrap_or_default())
 }
 
-/// What the ledger needs of a pod; nothing for one that asks for no GPU memory.
+/// What the ledger needs of a pod.
 #[must_use]
 pub fn pod_event(pod: &Pod) -> Option<Event> {
     let spec = pod.spec.as_ref()?;
-    let request = match gpu_request(spec, pod.metadata.annotations.as_ref()) {
-        Ok(request) => request?,
-        Err(error) => unreadable(pod, &error),
-    };
+    let node = spec.node_name.as_deref().map(NodeName::from);
     let finished = pod
         .status
         .as_ref()
         .and_then(|status| status.phase.as_deref())
         .is_some_and(|phase| matches!(phase, "Succeeded" | "Failed"));
+    let request = match gpu_request(spec, pod.metadata.annotations.as_ref()) {
+        Ok(Some(request)) => request,
+        Ok(None) => {
+            return Some(Event::Neighbour(NeighbourFacts {
+                uid: pod_uid(pod),
+                node,
+                host: host::of_spec(spec),
+                finished,
+            }));
+        }
+        Err(error) => unreadable(pod, &error),
+    };
     let claim = claim(pod, &request);
     if claim.gpus.is_none() && spec.node_name.is_some() && !finished {
         tracing::warn!(
@@ -174,7 +188,7 @@ pub fn pod_event(pod: &Pod) -> Option<Event> {
     }
     Some(Event::Pod(PodFacts {
         entry: entry(pod, claim),
-        node: spec.node_name.as_deref().map(NodeName::from),
+        node,
         finished,
     }))
 }
@@ -196,8 +210,53 @@ pub fn entry(pod: &Pod, claim: Claim) -> Entry {
         uid: pod_uid(pod),
         namespace: pod.metadata.namespace.as_deref().unwrap_or_default().into(),
         name: pod.metadata.name.as_deref().unwrap_or_default().into(),
+        host: pod.spec.as_ref().map(host::of_spec).unwrap_or_default(),
         claim,
     }
+}
+
+/// What a pod asks of a node; nothing where that makes no sense.
+#[must_use]
+pub fn want(pod: &Pod) -> Option<Want> {
+    let gpus = gpu_request(pod.spec.as_ref()?, pod.metadata.annotations.as_ref()).ok()?;
+    Some(want_of(pod, gpus))
+}
+
+/// The same where what it asks of GPUs is known.
+#[must_use]
+pub fn want_of(pod: &Pod, gpus: Option<GpuRequest>) -> Want {
+    let spec = pod.spec.as_ref();
+    Want {
+        gpus,
+        host: spec.map(host::of_spec).unwrap_or_default(),
+        needs: spec.map(needs).unwrap_or_default(),
+    }
+}
+
+/// The labels that a node must have: by `nodeSelector`, and by a required affinity where that has no alternatives.
+fn needs(spec: &PodSpec) -> Needs {
+    let mut needs = Needs::default();
+    for (key, value) in spec.node_selector.iter().flatten() {
+        needs.require(key, std::iter::once(value.as_str()));
+    }
+    let affinity = spec
+        .affinity
+        .as_ref()
+        .and_then(|affinity| affinity.node_affinity.as_ref());
+    let required =
+        affinity.and_then(|node| node.required_during_scheduling_ignored_during_execution.as_ref());
+    if let Some([term]) = required.map(|required| required.node_selector_terms.as_slice()) {
+        for expression in term
+            .match_expressions
+            .iter()
+            .flatten()
+            .filter(|e| e.operator == "In")
+        {
+            let values = expression.values.iter().flatten();
+            needs.require(&expression.key, values.map(String::as_str));
+        }
+    }
+    needs
 }
 
 fn claim(pod: &Pod, request: &GpuRequest) -> Claim {
@@ -237,9 +296,15 @@ pub fn node_facts(node: &Node) -> NodeFacts {
     } else {
         None
     };
+    let allocatable = node
+        .status
+        .as_ref()
+        .and_then(|status| status.allocatable.as_ref());
     NodeFacts {
         name: node_name(node),
         fence,
+        allocatable: allocatable.map(|list| host::of_list(Some(list))),
+        labels: Arc::new(node.labels().clone()),
     }
 }
 
@@ -283,6 +348,7 @@ fn gpu_facts(gpu: &Gpu) -> GpuFacts {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::api::units::MilliCpu;
     use serde_json::json;
     use watcher::Event as Seen;
 
@@ -342,7 +408,46 @@ mod tests {
         let ours = entry(&ours);
         assert_eq!(ours.entry.claim.gpus, Some(vec![GpuId::from("GPU-a")]));
         assert_eq!((ours.entry.claim.bytes_per_gpu, ours.finished), (Bytes(7), true));
-        let other = json!({"spec": {"containers": [{"name": "c"}]}});
-        assert!(pod_event(&serde_json::from_value(other).unwrap()).is_none());
+    }
+
+    #[test]
+    fn a_pod_without_gpu_memory_takes_cpu_and_memory_from_its_node() {
+        let other = json!({
+            "metadata": {"uid": "c"},
+            "spec": {"nodeName": "n", "containers": [{"name": "c", "resources": {"requests": {"cpu": "1500m", "memory": "2Ki"}}}]},
+        });
+        let neighbour = Event::Neighbour(NeighbourFacts {
+            uid: "c".into(),
+            node: Some("n".into()),
+            host: host::Host {
+                cpu: MilliCpu(1500),
+                memory: Bytes(2048),
+            },
+            finished: false,
+        });
+        assert_eq!(
+            pod_event(&serde_json::from_value(other).unwrap()),
+            Some(neighbour)
+        );
+    }
+
+    #[test]
+    fn needs_of_selector_and_affinity() {
+        let affinity = json!({"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [
+            {"matchExpressions": [{"key": "card", "operator": "In", "values": ["a", "b"]}]}]}}});
+        let pod = pod(
+            "p",
+            json!({"spec": {"nodeSelector": {"pool": "x"}, "affinity": affinity}}),
+        );
+        let needs = want(&pod).unwrap().needs;
+        let labels = |pairs: &[(&str, &str)]| {
+            pairs
+                .iter()
+                .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+                .collect()
+        };
+        assert!(needs.met_by(&labels(&[("pool", "x"), ("card", "b")])));
+        assert!(!needs.met_by(&labels(&[("pool", "x"), ("card", "c")])));
+        assert!(!needs.met_by(&labels(&[("card", "a")])));
     }
 }

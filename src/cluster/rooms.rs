@@ -116,12 +116,7 @@ pub fn gpus(ledger: &Ledger, node: &str, leaving: &HashSet<PodUid>) -> Vec<GpuRo
     node.gpus_without(&|uid| leaving.contains(uid))
         .iter()
         .filter(|gpu| gpu.closed.is_none())
-        .map(|gpu| GpuRoom {
-            usable: gpu.usable,
-            free: gpu.free,
-            empty: gpu.tenants == 0,
-            exclusive: gpu.whole,
-        })
+        .map(GpuRoom::from)
         .collect()
 }
 

@@ -24,7 +24,7 @@ use crate::cluster::ledger_feed;
 use crate::cluster::rooms;
 use crate::plan::ledger::{Claim, Ledger, Stage};
 use crate::plan::nodes_wanted::tolerates;
-use crate::plan::placement;
+use crate::plan::placement::{self, Judge, Want};
 
 /// Longest wait for one call of the API server; the scheduler itself waits 5 s for the whole.
 const CALL_TIMEOUT: Duration = Duration::from_secs(4);
@@ -226,9 +226,22 @@ fn hold(
 ) -> Result<Granted, BindError> {
     let now_ms = extender.now_ms();
     let name = NodeName::from(args.node.as_str());
+    let want = ledger_feed::want_of(pod, Some(request.clone()));
+    let own = pod.annotations().get(annotations::PLACEMENT).map(String::as_str);
+    let owners = pod.owner_references().iter();
+    let packing = extender.packing(
+        &args.namespace,
+        own,
+        owners.map(|owner| (owner.kind.as_str(), owner.name.as_str())),
+    );
     extender.ledger.update(|ledger| {
         ledger.expire(now_ms);
-        let granted = grant(ledger, &name, uid, request)?;
+        let hands = extender.mix.lock().hands(ledger);
+        let judge = Judge {
+            packing,
+            hands: &hands,
+        };
+        let granted = grant(ledger, &name, uid, request, &want, judge)?;
         let entry = ledger_feed::entry(pod, granted.claim.clone());
         if ledger.hold(&name, entry, Stage::Posted) {
             Ok(granted)
@@ -239,7 +252,14 @@ fn hold(
     })
 }
 
-fn grant(ledger: &Ledger, name: &NodeName, uid: &PodUid, request: &GpuRequest) -> Result<Granted, BindError> {
+fn grant(
+    ledger: &Ledger,
+    name: &NodeName,
+    uid: &PodUid,
+    request: &GpuRequest,
+    want: &Want,
+    judge: Judge<'_>,
+) -> Result<Granted, BindError> {
     let refused = |reason: String| BindError::Node {
         node: name.clone(),
         reason: reason.into(),
@@ -262,7 +282,7 @@ fn grant(ledger: &Ledger, name: &NodeName, uid: &PodUid, request: &GpuRequest) -
     let gpus = match same {
         Some(gpus) => gpus,
         None => {
-            placement::fit(node, request, Some(uid))
+            placement::place(node, want, Some(uid), judge)
                 .map_err(|refusal| refused(refusal.to_string()))?
                 .gpus
         }

@@ -20,6 +20,7 @@ mod tests;
 mod verbs;
 mod wire;
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -36,14 +37,17 @@ use http_body_util::BodyExt;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::api::{ListParams, Patch, PatchParams};
 use kube::{Api, Client, ResourceExt};
+use parking_lot::Mutex;
 use serde_json::json;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::api::names;
+use crate::api::packing::Packing;
+use crate::api::{annotations, names};
 use crate::cluster::call::{CallError, limited};
-use crate::cluster::ledger_feed::{CDI_PREFIX, SharedLedger, pod_event};
+use crate::cluster::ledger_feed::{self, CDI_PREFIX, SharedLedger, pod_event};
 use crate::cluster::view::View;
+use crate::plan::placement::Mix;
 use crate::serve::forward::Forwarder;
 use crate::serve::lease::Leadership;
 use verbs::{Desk, Verb};
@@ -109,6 +113,8 @@ pub struct Extender {
     parts: Parts,
     refused: refused::Refused,
     bindings: bind::Running,
+    /// What the cluster is asked for.
+    mix: Mutex<Mix>,
     /// The term for which the ledger is known to hold all that earlier leaders bound; 0 for none.
     caught_up: AtomicU64,
 }
@@ -129,12 +135,52 @@ impl Extender {
             parts,
             refused: refused::Refused::default(),
             bindings: bind::Running::default(),
+            mix: Mutex::default(),
             caught_up: AtomicU64::new(0),
         })
     }
 
     fn now_ms(&self) -> u64 {
         millis(self.started.elapsed())
+    }
+
+    /// How a pod is to be placed: as it says itself, else as its workload does, where the webhook has written what its
+    /// policy says. A text that cannot be read is as good as none.
+    fn packing<'a>(
+        &self,
+        namespace: &str,
+        own: Option<&str>,
+        owners: impl Iterator<Item = (&'a str, &'a str)>,
+    ) -> Packing {
+        let read = |text: &str| text.parse().ok();
+        let of = |annotations: Option<&BTreeMap<String, String>>| {
+            annotations.and_then(|annotations| read(annotations.get(annotations::PLACEMENT)?))
+        };
+        let of_workload = |(kind, name): (&str, &str)| match kind {
+            // A Deployment's ReplicaSet has its name and a hash.
+            "ReplicaSet" => {
+                let (deployment, _) = name.rsplit_once('-')?;
+                of(self
+                    .view
+                    .deployments
+                    .get(namespace, deployment)?
+                    .metadata
+                    .annotations
+                    .as_ref())
+            }
+            "StatefulSet" => of(self
+                .view
+                .stateful_sets
+                .get(namespace, name)?
+                .metadata
+                .annotations
+                .as_ref()),
+            _ => None,
+        };
+        let mut owners = owners;
+        own.and_then(read)
+            .or_else(|| owners.find_map(of_workload))
+            .unwrap_or_default()
     }
 
     /// Whether this replica decides at this very moment: it leads, and knows what was bound before it did.
@@ -213,6 +259,12 @@ async fn catch_up(extender: &Extender, term: u64) -> Result<(), CallError> {
         for event in list.items.iter().filter_map(pod_event) {
             extender.ledger.update(|ledger| ledger.apply(event));
         }
+        // What was asked before this leader is what it can expect to be asked.
+        for pod in &list.items {
+            if let Some(want) = ledger_feed::want(pod) {
+                extender.mix.lock().observe(&ledger_feed::pod_uid(pod), &want);
+            }
+        }
         marked += term_mark::mark(extender, list.items, term).await?;
         match list.metadata.continue_.filter(|token| !token.is_empty()) {
             Some(token) => page = page.continue_token(&token),
@@ -277,6 +329,8 @@ async fn decide(extender: &Extender, request: Request, verb: Verb) -> Response {
         let desk = Desk {
             ledger: &extender.ledger,
             refused: &extender.refused,
+            mix: &extender.mix,
+            packing: &|pod| extender.packing(pod.namespace(), pod.placement(), pod.owners()),
             now_ms: extender.now_ms(),
         };
         verb.here(desk, &body)

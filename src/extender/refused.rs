@@ -63,9 +63,9 @@ impl Refused {
         let mut waiting = self.0.lock();
         let mut node = None;
         for pod in waiting.values_mut().filter(|pod| pod.freed < freed) {
-            if let Ok((best, _)) = placement::best(ledger, &pod.request) {
+            if let Ok(place) = placement::somewhere(ledger, &pod.request) {
                 pod.freed = freed;
-                node.get_or_insert(best);
+                node.get_or_insert(place);
             }
         }
         node

@@ -9,6 +9,7 @@ use super::refused::Refused;
 use super::verbs::NO_LEADER;
 use super::*;
 use crate::api::gpu_request::Sharing;
+use crate::api::host::Host;
 use crate::api::units::{Bytes, PodUid};
 use crate::plan::ledger::{Claim, Entry, Event, GpuFacts, Inventory, NodeFacts, PodFacts};
 
@@ -37,6 +38,7 @@ fn away(verb: Verb, body: &Value) -> Value {
 struct Leader {
     ledger: SharedLedger,
     refused: Refused,
+    mix: Mutex<Mix>,
     now_ms: u64,
 }
 
@@ -47,6 +49,8 @@ impl Leader {
             leader.tell(Event::Node(NodeFacts {
                 name: (*name).into(),
                 fence: None,
+                allocatable: None,
+                labels: Arc::default(),
             }));
             leader.tell(Event::Inventory(Inventory {
                 node: (*name).into(),
@@ -73,6 +77,12 @@ impl Leader {
         let desk = Desk {
             ledger: &self.ledger,
             refused: &self.refused,
+            mix: &self.mix,
+            packing: &|pod| {
+                pod.placement()
+                    .and_then(|text| text.parse().ok())
+                    .unwrap_or_default()
+            },
             now_ms: self.now_ms,
         };
         let bytes = verb.here(desk, body.to_string().as_bytes()).unwrap();
@@ -93,6 +103,7 @@ fn bind_on(node: &str, pod: &str, gib: u64) -> Event {
             uid: pod.into(),
             namespace: "default".into(),
             name: pod.into(),
+            host: Host::default(),
             claim: Claim {
                 gpus: Some(vec![format!("GPU-{node}").as_str().into()]),
                 bytes_per_gpu: Bytes(gib * GIB),
@@ -191,12 +202,49 @@ fn prioritize_ranks_the_tightest_first_and_holds_it() {
     assert_eq!(
         result,
         json!([
-            {"Host": "n0000", "Score": 0},
+            {"Host": "n0000", "Score": 8},
             {"Host": "n0001", "Score": 10},
-            {"Host": "n0002", "Score": 0},
+            {"Host": "n0002", "Score": 9},
         ])
     );
     assert_eq!(leader.held(&body(PRIORITIZE)).as_deref(), Some("n0001"));
+}
+
+#[test]
+fn prioritize_spreads_where_the_pod_says_so() {
+    let leader = Leader::new(&[("n0000", 40), ("n0001", 40), ("n0002", 24)]);
+    leader.tell(bind_on("n0001", "other", 20));
+    let mut pod = body(PRIORITIZE);
+    pod["Pod"]["metadata"]["annotations"] = json!({"ebb.dev/placement": "spread"});
+    let result = leader.answer(Verb::Prioritize, &pod);
+    assert_eq!(result[0]["Score"], 10, "{result}");
+    assert_eq!(leader.held(&pod).as_deref(), Some("n0000"));
+}
+
+#[test]
+fn filter_learns_what_is_asked_and_counts_a_pod_once() {
+    let leader = Leader::new(&[("n0000", 24)]);
+    for _ in 0..3 {
+        leader.answer(Verb::Filter, &body(FILTER));
+    }
+    let hands = leader.ledger.read(|ledger| leader.mix.lock().hands(ledger));
+    assert!(!hands.is_empty());
+}
+
+#[test]
+fn a_pod_without_gpu_memory_is_kept_off_gpus() {
+    let leader = Leader::new(&[("n0000", 24)]);
+    let mut pod = body(PRIORITIZE);
+    pod["Pod"]["spec"]["containers"][0]["resources"] = json!({"requests": {"cpu": "2"}});
+    leader.tell(Event::Node(NodeFacts {
+        name: "n0001".into(),
+        fence: None,
+        allocatable: None,
+        labels: Arc::default(),
+    }));
+    let result = leader.answer(Verb::Prioritize, &pod);
+    assert_eq!(result[1]["Score"], 10, "{result}");
+    assert_eq!(leader.held(&pod), None);
 }
 
 #[test]
@@ -287,6 +335,8 @@ fn adversarial_bodies_are_refused() {
             let desk = Desk {
                 ledger: &leader.ledger,
                 refused: &leader.refused,
+                mix: &leader.mix,
+                packing: &|_| Packing::default(),
                 now_ms: 0,
             };
             assert!(verb.here(desk, body.as_bytes()).is_err(), "{verb:?} {body}");

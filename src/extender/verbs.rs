@@ -4,13 +4,16 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use parking_lot::Mutex;
+
 use super::refused::Refused;
 use super::wire::{self, Candidates};
 use crate::api::gpu_request::GpuRequest;
+use crate::api::packing::Packing;
 use crate::api::units::PodUid;
 use crate::cluster::ledger_feed::SharedLedger;
 use crate::plan::ledger::{Claim, Entry, Ledger, NodeState, Shut, Stage};
-use crate::plan::placement::{self, Choice, NodeRefusal, Reasons};
+use crate::plan::placement::{self, Choice, Judge, Mix, NodeRefusal, Reasons, Want};
 
 /// A winner's reservation stands this long without a bind; the scheduler's own bind comes within milliseconds, after
 /// minutes at most where a volume has to be made first, and then bind looks for room again.
@@ -27,6 +30,9 @@ pub(super) type Answer = serde_json::Result<Vec<u8>>;
 pub(super) struct Desk<'a> {
     pub(super) ledger: &'a SharedLedger,
     pub(super) refused: &'a Refused,
+    pub(super) mix: &'a Mutex<Mix>,
+    /// How a pod is to be placed.
+    pub(super) packing: &'a dyn Fn(&wire::Pod<'_>) -> Packing,
     pub(super) now_ms: u64,
 }
 
@@ -98,6 +104,9 @@ fn filter(desk: Desk<'_>, body: &[u8]) -> Answer {
         }
     };
     let uid = PodUid::from(pod.uid());
+    let want = pod.want(Some(request.clone()));
+    let packing = (desk.packing)(&pod);
+    desk.mix.lock().observe(&uid, &want);
     // One lock for the answer and what it reserves, so that nobody comes between.
     let (fits, freed) = desk.ledger.update(|ledger| {
         ledger.expire(desk.now_ms);
@@ -109,10 +118,16 @@ fn filter(desk: Desk<'_>, body: &[u8]) -> Answer {
         // The scheduler asks nobody to prioritize a single node.
         let mut fitting = (0..fits.len()).filter(|index| fits[*index].is_ok());
         if let (Some(only), None) = (fitting.next(), fitting.next())
-            && let (Some(node), Ok(choice)) = (ledger.node(&candidates.names[only]), &fits[only])
+            && let Some(node) = ledger.node(&candidates.names[only])
+            && let hands = desk.mix.lock().hands(ledger)
+            && let judge = (Judge {
+                packing,
+                hands: &hands,
+            })
+            && let Ok(choice) = placement::place(node, &want, Some(&uid), judge)
         {
             let node = node.name().clone();
-            ledger.hold(&node, entry(&pod, &uid, &request, choice), desk.reserved());
+            ledger.hold(&node, entry(&pod, &uid, &want, &request, choice), desk.reserved());
         }
         (fits, ledger.freed())
     });
@@ -140,29 +155,41 @@ fn filter(desk: Desk<'_>, body: &[u8]) -> Answer {
 
 fn prioritize(desk: Desk<'_>, body: &[u8]) -> Answer {
     let (pod, candidates) = serde_json::from_slice::<wire::Args>(body)?.split()?;
-    let Ok(Some(request)) = pod.request() else {
+    let Ok(request) = pod.request() else {
         return serde_json::to_vec(&unranked(candidates.names));
     };
     let uid = PodUid::from(pod.uid());
-    let scores: Vec<u8> = desk.ledger.update(|ledger| {
+    let want = pod.want(request.clone());
+    let packing = (desk.packing)(&pod);
+    let scores = desk.ledger.update(|ledger| {
+        let hands = desk.mix.lock().hands(ledger);
+        let judge = Judge {
+            packing,
+            hands: &hands,
+        };
+        let known: Vec<(usize, &NodeState)> = (0..)
+            .zip(&candidates.names)
+            .filter_map(|(position, name)| Some((position, ledger.node(name)?)))
+            .collect();
+        let nodes = || known.iter().map(|(_, node)| *node);
+        let ranking = placement::rank(nodes(), &want, Some(&uid), judge);
         let mut scores = vec![0; candidates.names.len()];
-        let mut at = Vec::with_capacity(scores.len());
-        let mut fitting: Vec<(&NodeState, Choice)> = Vec::with_capacity(scores.len());
-        for (index, name) in candidates.names.iter().enumerate() {
-            if let Some(node) = ledger.node(name)
-                && let Ok(choice) = placement::fit(node, &request, Some(&uid))
-            {
-                at.push(index);
-                fitting.push((node, choice));
+        for ((position, _), score) in known.iter().zip(ranking.scores()) {
+            scores[*position] = score;
+        }
+        let Some(request) = &request else {
+            // A pod without GPU memory, where the scheduler asks about those too: it wastes least where no GPU is.
+            let bare = |name: &str| ledger.node(name).is_none_or(|node| node.gpus().is_empty());
+            for (score, name) in scores.iter_mut().zip(&candidates.names) {
+                if bare(name) {
+                    *score = placement::MAX_SCORE;
+                }
             }
-        }
-        let (given, winner) = placement::scores(&fitting);
-        for (index, score) in at.into_iter().zip(given) {
-            scores[index] = score;
-        }
-        if let Some(winner) = winner {
-            let (node, choice) = &fitting[winner];
-            let (node, entry) = (node.name().clone(), entry(&pod, &uid, &request, choice));
+            return scores;
+        };
+        if let Some((best, choice)) = ranking.order.into_iter().next() {
+            let node = known[best].1.name().clone();
+            let entry = entry(&pod, &uid, &want, request, choice);
             ledger.hold(&node, entry, desk.reserved());
         }
         scores
@@ -209,12 +236,13 @@ fn fit(ledger: &Ledger, name: &str, request: &GpuRequest, asker: &PodUid) -> Res
     }
 }
 
-fn entry(pod: &wire::Pod<'_>, uid: &PodUid, request: &GpuRequest, choice: &Choice) -> Entry {
+fn entry(pod: &wire::Pod<'_>, uid: &PodUid, want: &Want, request: &GpuRequest, choice: Choice) -> Entry {
     Entry {
         uid: uid.clone(),
         namespace: pod.namespace().into(),
         name: pod.name().into(),
-        claim: Claim::of(request, choice.gpus.clone()),
+        host: want.host,
+        claim: Claim::of(request, choice.gpus),
     }
 }
 

@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 use crate::api::gpu_request::{Asking, GpuRequest, GpuRequestError, request_of};
+use crate::api::host::{self, Host, Init};
+use crate::plan::placement::{Needs, Want};
 
 /// A text of the body; owned only where it holds an escape.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
@@ -100,6 +102,8 @@ struct Metadata<'a> {
     uid: Option<Text<'a>>,
     #[serde(borrow, default)]
     annotations: Option<Annotations<'a>>,
+    #[serde(borrow, default, rename = "ownerReferences")]
+    owners: Option<Vec<Owner<'a>>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -108,6 +112,16 @@ struct Annotations<'a> {
     gpus: Option<Text<'a>>,
     #[serde(borrow, default, rename = "ebb.dev/sharing")]
     sharing: Option<Text<'a>>,
+    #[serde(borrow, default, rename = "ebb.dev/placement")]
+    placement: Option<Text<'a>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Owner<'a> {
+    #[serde(borrow)]
+    kind: Text<'a>,
+    #[serde(borrow)]
+    name: Text<'a>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -117,6 +131,49 @@ struct Spec<'a> {
     containers: Vec<Container<'a>>,
     #[serde(borrow, default)]
     init_containers: Option<Vec<Container<'a>>>,
+    #[serde(borrow, default)]
+    overhead: Option<Quantities<'a>>,
+    #[serde(borrow, default)]
+    node_selector: Option<BTreeMap<Text<'a>, Text<'a>>>,
+    #[serde(borrow, default)]
+    affinity: Option<Affinity<'a>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Affinity<'a> {
+    #[serde(borrow, default)]
+    node_affinity: Option<NodeAffinity<'a>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct NodeAffinity<'a> {
+    #[serde(borrow, default, rename = "requiredDuringSchedulingIgnoredDuringExecution")]
+    required: Option<NodeSelector<'a>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct NodeSelector<'a> {
+    #[serde(borrow, default)]
+    node_selector_terms: Option<Vec<Term<'a>>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Term<'a> {
+    #[serde(borrow, default)]
+    match_expressions: Option<Vec<Expression<'a>>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Expression<'a> {
+    #[serde(borrow)]
+    key: Text<'a>,
+    #[serde(borrow)]
+    operator: Text<'a>,
+    #[serde(borrow, default)]
+    values: Option<Vec<Text<'a>>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -125,6 +182,8 @@ struct Container<'a> {
     name: Text<'a>,
     #[serde(borrow, default)]
     resources: Option<Resources<'a>>,
+    #[serde(borrow, default, rename = "restartPolicy")]
+    restart_policy: Option<Text<'a>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -139,6 +198,27 @@ struct Resources<'a> {
 struct Quantities<'a> {
     #[serde(borrow, default, rename = "ebb.dev/gpu-memory")]
     gpu_memory: Option<Text<'a>>,
+    #[serde(borrow, default)]
+    cpu: Option<Text<'a>>,
+    #[serde(borrow, default)]
+    memory: Option<Text<'a>>,
+}
+
+impl Quantities<'_> {
+    fn host(&self) -> Host {
+        let cpu = self.cpu.as_ref().map(|text| &*text.0);
+        Host::read(cpu, self.memory.as_ref().map(|text| &*text.0))
+    }
+}
+
+impl Container<'_> {
+    fn host(&self) -> Host {
+        let requests = self
+            .resources
+            .as_ref()
+            .and_then(|resources| resources.requests.as_ref());
+        requests.map(Quantities::host).unwrap_or_default()
+    }
 }
 
 impl Pod<'_> {
@@ -166,6 +246,71 @@ impl Pod<'_> {
     /// When that cannot be served as written.
     pub fn request(&self) -> Result<Option<GpuRequest>, GpuRequestError> {
         request_of(self)
+    }
+
+    /// What it asks of a node, `gpus` included.
+    #[must_use]
+    pub fn want(&self, gpus: Option<GpuRequest>) -> Want {
+        let inits = self.spec.init_containers.iter().flatten().map(|container| Init {
+            host: container.host(),
+            stays: container
+                .restart_policy
+                .as_ref()
+                .is_some_and(|text| text.0 == "Always"),
+        });
+        let overhead = self
+            .spec
+            .overhead
+            .as_ref()
+            .map(Quantities::host)
+            .unwrap_or_default();
+        Want {
+            gpus,
+            host: host::of_pod(self.spec.containers.iter().map(Container::host), inits, overhead),
+            needs: self.needs(),
+        }
+    }
+
+    fn needs(&self) -> Needs {
+        let mut needs = Needs::default();
+        for (key, value) in self.spec.node_selector.iter().flatten() {
+            needs.require(&key.0, std::iter::once(&*value.0));
+        }
+        let affinity = self
+            .spec
+            .affinity
+            .as_ref()
+            .and_then(|affinity| affinity.node_affinity.as_ref());
+        let required = affinity.and_then(|node| node.required.as_ref());
+        let terms = required.and_then(|required| required.node_selector_terms.as_deref());
+        // Of several terms any one would do, which says too little of each.
+        if let Some([term]) = terms {
+            for expression in term
+                .match_expressions
+                .iter()
+                .flatten()
+                .filter(|e| e.operator.0 == "In")
+            {
+                needs.require(
+                    &expression.key.0,
+                    expression.values.iter().flatten().map(|value| &*value.0),
+                );
+            }
+        }
+        needs
+    }
+
+    /// Its own word on how it is placed.
+    #[must_use]
+    pub fn placement(&self) -> Option<&str> {
+        let annotations = self.metadata.annotations.as_ref()?;
+        annotations.placement.as_ref().map(|text| &*text.0)
+    }
+
+    /// Kind and name of its owners.
+    pub fn owners(&self) -> impl Iterator<Item = (&str, &str)> {
+        let owners = self.metadata.owners.iter().flatten();
+        owners.map(|owner| (&*owner.kind.0, &*owner.name.0))
     }
 }
 

@@ -5,7 +5,7 @@ use crate::api::gpu_request::{GpuRequest, Sharing};
 use crate::api::units::Bytes;
 
 /// What one GPU has left.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct GpuRoom {
     /// Memory that pods can have when nothing is on it.
     pub usable: Bytes,
@@ -29,32 +29,71 @@ impl GpuRoom {
         }
     }
 
-    fn takes(&self, request: &GpuRequest) -> bool {
+    /// Whether it has room for the request's part on one GPU.
+    #[must_use]
+    pub fn takes(&self, request: &GpuRequest) -> bool {
         !self.exclusive
             && self.free >= request.bytes_per_gpu
             && (request.sharing == Sharing::Shared || self.empty)
     }
 }
 
-/// Puts the request on the fullest GPUs that take it, and says whether they were enough. Nothing changes if not.
-pub fn take(gpus: &mut [GpuRoom], request: &GpuRequest) -> bool {
-    let wanted = usize::try_from(request.gpus.get()).unwrap_or(usize::MAX);
-    let mut fitting: Vec<usize> = (0..gpus.len()).filter(|&i| gpus[i].takes(request)).collect();
-    if fitting.len() < wanted {
-        return false;
+/// GPUs of one node by their position in a list; those beyond the 64th are left alone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Picked(pub u64);
+
+impl Picked {
+    /// Most GPUs of a node that are looked at, as many as a pod can ask for.
+    pub const MOST: usize = 64;
+
+    /// Whether the GPU at this position is among them.
+    #[must_use]
+    pub const fn has(self, position: usize) -> bool {
+        self.0 >> position & 1 == 1
     }
-    fitting.sort_by_key(|&i| (gpus[i].free, i));
-    for &i in fitting.iter().take(wanted) {
-        let gpu = &mut gpus[i];
-        gpu.empty = false;
-        match request.sharing {
-            Sharing::Shared => gpu.free = gpu.free.saturating_sub(request.bytes_per_gpu),
-            Sharing::Exclusive => {
-                gpu.free = Bytes(0);
-                gpu.exclusive = true;
+
+    /// These and the one at this position.
+    #[must_use]
+    pub const fn with(self, position: usize) -> Picked {
+        Picked(self.0 | 1 << position)
+    }
+}
+
+/// The GPUs that the request would get: the first by `order` of those that take it. `None` if there are too few.
+pub fn pick<K: Ord>(gpus: &[GpuRoom], request: &GpuRequest, order: impl Fn(&GpuRoom) -> K) -> Option<Picked> {
+    let mut picked = Picked::default();
+    for _ in 0..request.gpus.get() {
+        let next = gpus.iter().take(Picked::MOST).enumerate();
+        let (position, _) = next
+            .filter(|(position, gpu)| !picked.has(*position) && gpu.takes(request))
+            .min_by_key(|(_, gpu)| order(gpu))?;
+        picked = picked.with(position);
+    }
+    Some(picked)
+}
+
+/// Gives the request these GPUs, which take it.
+pub fn give(gpus: &mut [GpuRoom], request: &GpuRequest, picked: Picked) {
+    for (position, gpu) in gpus.iter_mut().take(Picked::MOST).enumerate() {
+        if picked.has(position) {
+            gpu.empty = false;
+            match request.sharing {
+                Sharing::Shared => gpu.free = gpu.free.saturating_sub(request.bytes_per_gpu),
+                Sharing::Exclusive => {
+                    gpu.free = Bytes(0);
+                    gpu.exclusive = true;
+                }
             }
         }
     }
+}
+
+/// Puts the request on the fullest GPUs that take it, of equals the smallest card and one in use, and says whether they were enough. Nothing changes if not.
+pub fn take(gpus: &mut [GpuRoom], request: &GpuRequest) -> bool {
+    let Some(picked) = pick(gpus, request, |gpu| (gpu.free, gpu.usable, gpu.empty)) else {
+        return false;
+    };
+    give(gpus, request, picked);
     true
 }
 

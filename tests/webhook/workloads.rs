@@ -25,6 +25,7 @@ pub async fn created_asleep(ebb: &Installation) {
             ("min-replicas", "0"),
             ("max-replicas", "3"),
             ("target-in-flight", "32"),
+            ("placement", "fragmentation"),
             ("max-wait", "15m"),
             ("queue-requests", "10000"),
             ("queue-bytes", "64Mi"),

@@ -10,6 +10,7 @@ use std::str::FromStr;
 
 use crate::api::annotations as key;
 use crate::api::duration::Span;
+use crate::api::packing::Packing;
 use crate::api::scale_policy::ScalePolicySpec;
 use crate::api::settings::SettingError;
 use crate::api::units::Bytes;
@@ -23,11 +24,12 @@ const PREFIX: &str = "ebb.dev/";
 
 /// The settings, with the policy's value of each.
 type PolicyValue = fn(&ScalePolicySpec) -> String;
-const SETTINGS: [(&str, PolicyValue); 7] = [
+const SETTINGS: [(&str, PolicyValue); 8] = [
     (key::IDLE_AFTER, |p| p.idle_after.to_string()),
     (key::MIN_REPLICAS, |p| p.min_replicas.to_string()),
     (key::MAX_REPLICAS, |p| p.max_replicas.to_string()),
     (key::TARGET_IN_FLIGHT, |p| p.target_in_flight.to_string()),
+    (key::PLACEMENT, |p| p.placement.to_string()),
     (key::MAX_WAIT, |p| p.cold_start.max_wait.to_string()),
     (key::QUEUE_REQUESTS, |p| p.cold_start.queue_requests.to_string()),
     (key::QUEUE_BYTES, |p| p.cold_start.queue_bytes.clone()),
@@ -141,6 +143,7 @@ fn check<'a>(own: &impl Fn(&str) -> Option<&'a str>, policy: Policy<'_>) -> (Vec
         );
     }
     read::<Span>(own, key::MAX_WAIT, &mut problem);
+    read::<Packing>(own, key::PLACEMENT, &mut problem);
     within(own, key::TARGET_IN_FLIGHT, 1..=100_000, &mut problem);
     within(own, key::QUEUE_REQUESTS, 1..=1_000_000, &mut problem);
     if let Some((text, Bytes(0))) = read::<Bytes>(own, key::QUEUE_BYTES, &mut problem) {

@@ -5,7 +5,9 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::api::gpu_request::{GpuRequest, Sharing};
+use crate::api::host::Host;
 use crate::api::units::{Bytes, GpuId, NodeName, PodUid};
+use crate::plan::gating::Labels;
 
 /// Something became so. Applying the same event twice changes nothing.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,6 +22,8 @@ pub enum Event {
     InventoryGone(NodeName),
     /// A pod that asks for GPU memory is like this now.
     Pod(PodFacts),
+    /// A pod that asks for no GPU memory is like this now.
+    Neighbour(NeighbourFacts),
     /// The pod was deleted: its containers have ended and the API forgot it.
     PodGone(PodUid),
 }
@@ -52,6 +56,10 @@ pub struct NodeFacts {
     pub name: NodeName,
     /// Whether it takes new pods.
     pub fence: Option<Fence>,
+    /// CPU and memory that it has for pods, where it says so.
+    pub allocatable: Option<Host>,
+    /// Its labels.
+    pub labels: Arc<Labels>,
 }
 
 /// The GPUs of a node.
@@ -95,7 +103,20 @@ pub struct PodFacts {
     pub finished: bool,
 }
 
-/// What one pod has on the GPUs of its node.
+/// What matters about a pod that asks for no GPU memory: what it takes from those that do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NeighbourFacts {
+    /// Its UID.
+    pub uid: PodUid,
+    /// The node it is bound to.
+    pub node: Option<NodeName>,
+    /// CPU and memory that it asks.
+    pub host: Host,
+    /// Its containers have ended for good.
+    pub finished: bool,
+}
+
+/// What one pod has on its node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// The pod's UID.
@@ -104,7 +125,9 @@ pub struct Entry {
     pub namespace: Arc<str>,
     /// The pod's name.
     pub name: Arc<str>,
-    /// What it has there.
+    /// CPU and memory that it asks.
+    pub host: Host,
+    /// What it has on GPUs.
     pub claim: Claim,
 }
 

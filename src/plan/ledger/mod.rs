@@ -16,8 +16,11 @@ mod node;
 mod tests;
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
 
-pub use facts::{Claim, Entry, Event, Fence, GpuFacts, Inventory, NodeFacts, NodeShape, PodFacts};
+pub use facts::{
+    Claim, Entry, Event, Fence, GpuFacts, Inventory, NeighbourFacts, NodeFacts, NodeShape, PodFacts,
+};
 pub use holds::{Hold, Stage};
 pub use node::{GpuState, NodeState, Shut};
 
@@ -31,6 +34,7 @@ const REMEMBERED_GONE: usize = 4096;
 pub struct Ledger {
     nodes: HashMap<NodeName, NodeState>,
     bound: HashMap<PodUid, NodeName>,
+    neighbours: HashMap<PodUid, NodeName>,
     holds: HashMap<PodUid, Hold>,
     gone: HashSet<PodUid>,
     gone_order: VecDeque<PodUid>,
@@ -54,10 +58,14 @@ impl Ledger {
             Event::Node(facts) => self.change(&facts.name.clone(), |node| {
                 node.exists = true;
                 node.fence = facts.fence;
+                node.allocatable = facts.allocatable;
+                node.labels = facts.labels;
             }),
             Event::NodeGone(name) => self.change(&name, |node| {
                 node.exists = false;
                 node.fence = None;
+                node.allocatable = None;
+                node.labels = Arc::default();
             }),
             Event::Inventory(inventory) => {
                 self.change(&inventory.node.clone(), |node| {
@@ -70,8 +78,10 @@ impl Ledger {
                 node.departed.clear();
             }),
             Event::Pod(facts) => self.pod(facts),
+            Event::Neighbour(facts) => self.neighbour(facts),
             Event::PodGone(uid) => {
                 self.forget(&uid);
+                self.forget_neighbour(&uid);
                 self.release(&uid);
                 if self.gone.insert(uid.clone()) {
                     self.gone_order.push_back(uid);
@@ -107,6 +117,35 @@ impl Ledger {
             node.holds.remove(&uid);
         });
         self.release(&uid);
+    }
+
+    fn neighbour(&mut self, facts: NeighbourFacts) {
+        if self.gone.contains(&facts.uid) {
+            return;
+        }
+        let Some(name) = facts.node else { return };
+        if facts.finished
+            || self
+                .neighbours
+                .get(&facts.uid)
+                .is_some_and(|earlier| *earlier != name)
+        {
+            self.forget_neighbour(&facts.uid);
+        }
+        if !facts.finished {
+            self.neighbours.insert(facts.uid.clone(), name.clone());
+            self.change(&name, |node| {
+                node.neighbours.insert(facts.uid, facts.host);
+            });
+        }
+    }
+
+    fn forget_neighbour(&mut self, uid: &PodUid) {
+        if let Some(name) = self.neighbours.remove(uid) {
+            self.change(&name, |node| {
+                node.neighbours.remove(uid);
+            });
+        }
     }
 
     /// Takes the pod's entry off.
@@ -148,7 +187,12 @@ impl Ledger {
         self.node(name).into_iter().flat_map(NodeState::pods)
     }
 
-    /// UIDs of all pods that are entered as bound.
+    /// UIDs of all pods that are entered, those without GPU memory included.
+    pub fn entered_pods(&self) -> impl Iterator<Item = &PodUid> {
+        self.bound.keys().chain(self.neighbours.keys())
+    }
+
+    /// UIDs of all pods with GPU memory that are entered as bound.
     pub fn bound_pods(&self) -> impl Iterator<Item = &PodUid> {
         self.bound.keys()
     }

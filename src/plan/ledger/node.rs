@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use super::facts::{Entry, Fence, Inventory, NodeShape};
 use crate::api::gpu_request::Sharing;
+use crate::api::host::Host;
 use crate::api::units::{Bytes, GpuId, NodeName, PodUid};
+use crate::plan::gating::Labels;
 
 /// Why a node as a whole takes nothing new.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,12 +28,17 @@ pub struct NodeState {
     pub(super) name: NodeName,
     pub(super) exists: bool,
     pub(super) fence: Option<Fence>,
+    pub(super) allocatable: Option<Host>,
+    pub(super) labels: Arc<Labels>,
     pub(super) inventory: Option<Inventory>,
     pub(super) pods: BTreeMap<PodUid, Entry>,
     pub(super) holds: BTreeMap<PodUid, Entry>,
     /// Pods that went since the inventory was read: what they used is counted in it, and is free.
     pub(super) departed: Vec<Entry>,
+    /// What the pods without GPU memory ask of it.
+    pub(super) neighbours: BTreeMap<PodUid, Host>,
     gpus: Vec<GpuState>,
+    host: Host,
 }
 
 /// One GPU with what is free on it now.
@@ -61,11 +68,15 @@ impl NodeState {
             name,
             exists: false,
             fence: None,
+            allocatable: None,
+            labels: Arc::default(),
             inventory: None,
             pods: BTreeMap::new(),
             holds: BTreeMap::new(),
             departed: Vec::new(),
+            neighbours: BTreeMap::new(),
             gpus: Vec::new(),
+            host: Host::UNLIMITED,
         }
     }
 
@@ -79,6 +90,37 @@ impl NodeState {
     #[must_use]
     pub fn gpus(&self) -> &[GpuState] {
         &self.gpus
+    }
+
+    /// Its labels.
+    #[must_use]
+    pub fn labels(&self) -> &Labels {
+        &self.labels
+    }
+
+    /// CPU and memory that it has for pods, where it says so.
+    #[must_use]
+    pub fn allocatable(&self) -> Option<Host> {
+        self.allocatable
+    }
+
+    /// CPU and memory that no pod on it asked for; [`Host::UNLIMITED`] where it does not say what it has.
+    #[must_use]
+    pub fn host(&self) -> Host {
+        self.host
+    }
+
+    /// The same if these pods were not there.
+    #[must_use]
+    pub fn host_without(&self, absent: &dyn Fn(&PodUid) -> bool) -> Host {
+        let Some(allocatable) = self.allocatable else {
+            return Host::UNLIMITED;
+        };
+        let entries = self.pods.values().chain(self.holds.values());
+        let asked = entries
+            .map(|entry| (&entry.uid, entry.host))
+            .chain(self.neighbours.iter().map(|(uid, host)| (uid, *host)));
+        allocatable.saturating_sub(asked.filter(|(uid, _)| !absent(uid)).map(|(_, host)| host).sum())
     }
 
     /// Pods bound to it, by UID.
@@ -97,7 +139,7 @@ impl NodeState {
         self.holds.contains_key(uid)
     }
 
-    /// Whether no pod is on it or about to be.
+    /// Whether no pod with GPU memory is on it or about to be.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.pods.is_empty() && self.holds.is_empty()
@@ -231,6 +273,7 @@ impl NodeState {
                 .iter()
                 .any(|gpu| !was_open || room(gpu) > before(&gpu.id).unwrap_or_default());
         self.gpus = gpus;
+        self.host = self.host_without(&|_| false);
         freed
     }
 
@@ -245,6 +288,6 @@ impl NodeState {
 
     /// Whether there is nothing left to know about it.
     pub(super) fn blank(&self) -> bool {
-        !self.exists && self.inventory.is_none() && self.pods.is_empty() && self.holds.is_empty()
+        !self.exists && self.inventory.is_none() && self.is_empty() && self.neighbours.is_empty()
     }
 }

@@ -7,7 +7,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::api::gpu_request::Sharing;
-use crate::api::units::{Bytes, GpuId};
+use crate::api::host::Host;
+use crate::api::units::{Bytes, GpuId, MilliCpu};
 
 const NODES: u8 = 3;
 const GPUS: u8 = 3;
@@ -19,6 +20,20 @@ fn name(node: u8) -> NodeName {
 
 fn uid(pod: u8) -> PodUid {
     PodUid::from(format!("pod-{pod}").as_str())
+}
+
+/// What a node has for pods, in the small numbers of these tests.
+const CAPACITY: Host = Host {
+    cpu: MilliCpu(30),
+    memory: Bytes(40),
+};
+
+/// What the pod of this number asks.
+fn host(pod: u64) -> Host {
+    Host {
+        cpu: MilliCpu(pod + 1),
+        memory: Bytes(2 * pod),
+    }
 }
 
 fn gpu(node: u8, index: u8) -> GpuId {
@@ -34,6 +49,8 @@ fn node_event() -> impl Strategy<Value = Event> {
         Event::Node(NodeFacts {
             name: name(node),
             fence,
+            allocatable: Some(CAPACITY),
+            labels: Arc::default(),
         })
     })
 }
@@ -96,6 +113,7 @@ fn entry(pod: u8, claim: Claim) -> Entry {
         uid: uid(pod),
         namespace: "models".into(),
         name: format!("model-{pod}").into(),
+        host: host(pod.into()),
         claim,
     }
 }
@@ -114,6 +132,21 @@ fn pod_event() -> impl Strategy<Value = Event> {
             })
         },
     )
+}
+
+fn neighbour(pod: u8) -> PodUid {
+    PodUid::from(format!("neighbour-{pod}").as_str())
+}
+
+fn neighbour_event() -> impl Strategy<Value = Event> {
+    (0..PODS, prop::bool::weighted(0.8), prop::bool::weighted(0.1)).prop_map(|(pod, is_bound, finished)| {
+        Event::Neighbour(NeighbourFacts {
+            uid: neighbour(pod),
+            node: is_bound.then(|| name(pod % NODES)),
+            host: host(pod.into()),
+            finished: finished && is_bound,
+        })
+    })
 }
 
 #[derive(Clone, Debug)]
@@ -137,7 +170,9 @@ fn step() -> impl Strategy<Value = Step> {
         3 => inventory_event().prop_map(Step::Told),
         1 => (0..NODES).prop_map(|node| Step::Told(Event::InventoryGone(name(node)))),
         6 => pod_event().prop_map(Step::Told),
+        2 => neighbour_event().prop_map(Step::Told),
         2 => (0..PODS).prop_map(|pod| Step::Told(Event::PodGone(uid(pod)))),
+        1 => (0..PODS).prop_map(|pod| Step::Told(Event::PodGone(neighbour(pod)))),
         2 => (0..PODS, 0..NODES, stage).prop_flat_map(|(pod, node, stage)| {
             claim(node).prop_map(move |claim| Step::Hold(pod, node, claim, stage))
         }),
@@ -152,6 +187,7 @@ struct Objects {
     nodes: BTreeMap<NodeName, Event>,
     inventories: BTreeMap<NodeName, Event>,
     pods: BTreeMap<PodUid, PodFacts>,
+    neighbours: BTreeMap<PodUid, NeighbourFacts>,
     gone: Vec<PodUid>,
 }
 
@@ -181,15 +217,24 @@ impl Objects {
                     self.pods.insert(uid, facts);
                 }
             }
+            Event::Neighbour(facts) => {
+                let known = self.neighbours.get(&facts.uid);
+                let goes_back = known.is_some_and(|known| known.node.is_some() && facts.node.is_none());
+                if !self.gone.contains(&facts.uid) && !goes_back {
+                    self.neighbours.insert(facts.uid.clone(), facts);
+                }
+            }
             Event::PodGone(uid) => {
                 self.pods.remove(&uid);
+                self.neighbours.remove(&uid);
                 self.gone.push(uid);
             }
         }
     }
 
     fn events(&self, pods_first: bool) -> Vec<Event> {
-        let pods = self.pods.values().cloned().map(Event::Pod);
+        let neighbours = self.neighbours.values().cloned().map(Event::Neighbour);
+        let pods = self.pods.values().cloned().map(Event::Pod).chain(neighbours);
         let nodes = self.nodes.values().chain(self.inventories.values()).cloned();
         if pods_first {
             pods.chain(nodes).collect()
@@ -204,6 +249,10 @@ impl Objects {
             Event::Pod(facts) => !self
                 .pods
                 .get(&facts.entry.uid)
+                .is_some_and(|known| known.finished && !facts.finished),
+            Event::Neighbour(facts) => !self
+                .neighbours
+                .get(&facts.uid)
                 .is_some_and(|known| known.finished && !facts.finished),
             _ => true,
         }
@@ -249,6 +298,7 @@ proptest! {
         let fresh = Ledger::rebuild(objects.events(pods_first));
         prop_assert_eq!(&ledger.nodes, &fresh.nodes);
         prop_assert_eq!(&ledger.bound, &fresh.bound);
+        prop_assert_eq!(&ledger.neighbours, &fresh.neighbours);
         prop_assert!(fresh.holds.is_empty() && ledger.nodes.values().all(|node| node.holds.is_empty()));
     }
 }
@@ -288,6 +338,12 @@ proptest! {
                 prop_assert_eq!(state.tenants, on.len());
             }
         }
+        for node in ledger.nodes() {
+            let asked = node.pods.values().chain(node.holds.values()).map(|e| e.host);
+            let asked: Host = asked.chain(node.neighbours.values().copied()).sum();
+            let left = node.allocatable.map_or(Host::UNLIMITED, |all| all.saturating_sub(asked));
+            prop_assert_eq!(node.host(), left);
+        }
         // Every bound pod and every hold is on exactly one page.
         let pods: usize = ledger.nodes().map(|node| node.pods.len()).sum();
         let holds: usize = ledger.nodes().map(|node| node.holds.len()).sum();
@@ -301,6 +357,8 @@ fn one_gpu(used: Option<u64>) -> Ledger {
         Event::Node(NodeFacts {
             name: name(0),
             fence: None,
+            allocatable: None,
+            labels: Arc::default(),
         }),
         inventory(used),
     ])

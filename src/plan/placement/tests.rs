@@ -3,10 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
+use std::sync::Arc;
 
 use proptest::prelude::*;
 
 use super::*;
+use crate::api::host::Host;
+use crate::api::packing::Packing;
 use crate::plan::ledger::{Claim, Entry, Event, Fence, GpuFacts, Inventory, NodeFacts, PodFacts};
 
 const GIB: u64 = 1 << 30;
@@ -33,6 +36,8 @@ fn node(name: &str, gpus: &[u64]) -> Vec<Event> {
         Event::Node(NodeFacts {
             name: name.into(),
             fence: None,
+            allocatable: None,
+            labels: Arc::default(),
         }),
         Event::Inventory(Inventory {
             node: name.into(),
@@ -42,6 +47,28 @@ fn node(name: &str, gpus: &[u64]) -> Vec<Event> {
     ]
 }
 
+fn want(request: &GpuRequest) -> Want {
+    Want {
+        gpus: Some(request.clone()),
+        host: Host::default(),
+        needs: Needs::default(),
+    }
+}
+
+fn best(ledger: &Ledger, request: &GpuRequest) -> Result<(NodeName, Choice), Refusal> {
+    let hands = Hands::default();
+    let judge = Judge {
+        packing: Packing::BestFit,
+        hands: &hands,
+    };
+    let nodes: Vec<&NodeState> = ledger.nodes().collect();
+    let ranking = rank(nodes.iter().copied(), &want(request), None, judge);
+    match ranking.order.into_iter().next() {
+        Some((node, choice)) => Ok((nodes[node].name().clone(), choice)),
+        None => somewhere(ledger, request).map(|_| unreachable!()),
+    }
+}
+
 fn bind(ledger: &mut Ledger, pod: usize, request: &GpuRequest) -> Result<(NodeName, Choice), Refusal> {
     let (node, choice) = best(ledger, request)?;
     ledger.apply(Event::Pod(PodFacts {
@@ -49,6 +76,7 @@ fn bind(ledger: &mut Ledger, pod: usize, request: &GpuRequest) -> Result<(NodeNa
             uid: format!("pod-{pod}").as_str().into(),
             namespace: "models".into(),
             name: format!("pod-{pod}").into(),
+            host: Host::default(),
             claim: Claim::of(request, choice.gpus.clone()),
         },
         node: Some(node.clone()),
@@ -165,6 +193,8 @@ fn refusals_say_the_nearest_miss() {
     ledger.apply(Event::Node(NodeFacts {
         name: "old".into(),
         fence: Some(Fence::Releasing),
+        allocatable: None,
+        labels: Arc::default(),
     }));
     let refusal = best(&ledger, &request(1, 18 * GIB, Sharing::Shared)).unwrap_err();
     assert_eq!(
@@ -183,15 +213,22 @@ fn only_one_winner_even_among_equals() {
             .into_iter()
             .for_each(|event| ledger.apply(event));
     }
-    let small = request(1, 10, Sharing::Shared);
-    let candidates: Vec<_> = ["b", "c", "a"]
-        .iter()
-        .map(|name| {
-            let node = ledger.node(name).unwrap();
-            (node, fit(node, &small, None).unwrap())
-        })
-        .collect();
-    assert_eq!(scores(&candidates), (vec![0, 0, MAX_SCORE], Some(2)));
+    let small = want(&request(1, 10, Sharing::Shared));
+    let nodes = ["b", "c", "a"].map(|name| ledger.node(name).unwrap());
+    let hands = Hands::default();
+    for packing in [Packing::Fragmentation, Packing::BestFit, Packing::Spread] {
+        let ranking = rank(
+            nodes,
+            &small,
+            None,
+            Judge {
+                packing,
+                hands: &hands,
+            },
+        );
+        assert_eq!(ranking.order[0].0, 2);
+        assert_eq!(ranking.scores(), [9, 8, 10], "{packing}");
+    }
 }
 
 #[test]
@@ -212,6 +249,7 @@ fn an_asker_does_not_stand_in_its_own_way() {
         uid: asker.clone(),
         namespace: "models".into(),
         name: "asker".into(),
+        host: Host::default(),
         claim: Claim::of(&large, choice.gpus.clone()),
     };
     ledger.hold(

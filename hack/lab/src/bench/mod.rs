@@ -3,7 +3,7 @@
 //! A figure is a ratio of interleaved pairs wherever it can be, so that it says the same on another
 //! machine. `report` is the table and the file; each benchmark is a file of its own.
 
-mod report;
+pub mod report;
 mod wake;
 
 use std::path::PathBuf;

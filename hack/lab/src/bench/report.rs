@@ -27,9 +27,9 @@ pub struct Report {
 /// One figure.
 #[derive(Debug, Serialize)]
 pub struct Figure {
-    /// The middle of what was measured.
+    /// The middle of what was measured, or its mean.
     pub value: f64,
-    /// `ms`, or `x` for a ratio.
+    /// `ms`, `%`, or `x` for a ratio.
     pub unit: &'static str,
     /// The range of the middle half, as a part of the value.
     pub spread: f64,
@@ -61,7 +61,7 @@ impl Report {
             peers.join(", ")
         );
         println!("{}\n", self.machine);
-        println!("  {:<38}{:>10}  {:<4}{:>10}", "figure", "median", "", "spread");
+        println!("  {:<38}{:>10}  {:<4}{:>10}", "figure", "value", "", "spread");
         for (name, figure) in &self.figures {
             let unsteady = if figure.spread > STEADY {
                 "  more than 10 %"
@@ -75,9 +75,7 @@ impl Report {
                 figure.spread * 100.0
             );
         }
-        println!(
-            "\nThe spread is the range of the middle half of the measurements, as a part of the median."
-        );
+        println!("\nThe spread is the range of the middle half of the measurements, as a part of the value.");
     }
 
     /// Writes the file for machines.
@@ -91,6 +89,15 @@ impl Report {
 }
 
 impl Figure {
+    /// The mean of `values`, and the range of their middle half.
+    pub fn mean(values: &[f64], unit: &'static str) -> Self {
+        #[allow(clippy::cast_precision_loss, reason = "some hundred measurements")]
+        let value = values.iter().sum::<f64>() / values.len().max(1) as f64;
+        let range = quantile(values, 0.75) - quantile(values, 0.25);
+        let spread = if value == 0.0 { 0.0 } else { range / value };
+        Self { value, unit, spread }
+    }
+
     /// The median of `values`, and the range of their middle half.
     pub fn of(values: &[f64], unit: &'static str) -> Self {
         let value = quantile(values, 0.5);
