@@ -9,6 +9,7 @@ mod gate;
 #[path = "controller/provider.rs"]
 mod provider;
 #[path = "controller/setup.rs"]
+#[allow(dead_code, reason = "shared: each test uses its part")]
 mod setup;
 
 use std::net::SocketAddr;

@@ -1,13 +1,14 @@
 //! A leader that freezes with a Binding on its way, and thaws when another has long taken over: the memory is promised
 //! once. Both are processes; a proxy in front of the API server holds the Binding back at the right moment.
 
-#![allow(clippy::unwrap_used, missing_docs, dead_code)]
+#![allow(clippy::unwrap_used, missing_docs)]
 
 #[path = "extender/client.rs"]
 mod client;
 #[path = "frozen_leader/holding_proxy.rs"]
 mod holding_proxy;
 #[path = "controller/setup.rs"]
+#[allow(dead_code, reason = "shared: each test uses its part")]
 mod setup;
 
 use std::net::SocketAddr;

@@ -19,6 +19,7 @@ use clap::Parser;
 use cluster::{Cluster, Packer};
 use ebb_lab::bench::report::{Figure, Report};
 use lists::Lists;
+use product::Others;
 
 /// GPUs left unallocated when pods have asked for as many as there are.
 ///
@@ -32,6 +33,10 @@ use lists::Lists;
 /// shuffled. Pods arrive one by one and stay; one that fits nowhere is dropped and counts as arrived. The figure is the
 /// share of GPUs that is not allocated when what has arrived asks for all of them, in the mean of the seeds. CPU, memory
 /// and card types, which kube-scheduler's own filters look after, are kept here.
+///
+/// Pods without a GPU are placed by each way too: `ebb` is what Ebb does where `managedResources` is left out of its
+/// scheduler's configuration and all pods are its own. `ebb_as_installed` places the pods with a GPU only, and
+/// kube-scheduler's default spreads the others over the same nodes. All cards count as 16,000 MiB.
 #[derive(Debug, Parser)]
 #[command(name = "hack/bench packing", verbatim_doc_comment)]
 struct Args {
@@ -58,8 +63,9 @@ fn seeds(text: &str) -> Result<RangeInclusive<u64>, String> {
 }
 
 /// The ways to place, by the name of their figure.
-const WAYS: [(&str, &str); 4] = [
+const WAYS: [(&str, &str); 5] = [
     ("ebb", "unallocated_pct.ebb"),
+    ("ebb_as_installed", "unallocated_pct.ebb_as_installed"),
     ("fgd", "unallocated_pct.fgd"),
     ("best_fit", "unallocated_pct.best_fit"),
     ("random", "unallocated_pct.random"),
@@ -67,7 +73,8 @@ const WAYS: [(&str, &str); 4] = [
 
 fn packer(way: &str, lists: &Lists, cluster: &Cluster) -> Box<dyn Packer> {
     match way {
-        "ebb" => Box::new(product::Ebb::new(lists, cluster)),
+        "ebb" => Box::new(product::Ebb::new(lists, cluster, Others::Ebb)),
+        "ebb_as_installed" => Box::new(product::Ebb::new(lists, cluster, Others::KubeScheduler)),
         "fgd" => Box::new(peers::Fgd::new(lists, cluster)),
         "best_fit" => Box::new(peers::BestFit),
         _ => Box::new(peers::Random),

@@ -2,9 +2,9 @@
 //! calls. What kube-scheduler does between them is done here: it filters by CPU, memory and card type before it asks, and
 //! takes one of the nodes with the highest score, by chance among equals.
 //!
-//! Pods without a GPU are placed by the same function, as when Ebb's scheduler places them and its extender is asked about
-//! all pods. Ebb is not told the list: it learns the mix from what comes.
+//! Ebb is not told the list: it learns the mix from what comes. Who places the pods without a GPU is [`Others`].
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -27,8 +27,21 @@ const MIB: u64 = 1 << 20;
 /// Label that says a node's type of card.
 const CARD: &str = "card";
 
+/// Who places the pods without a GPU.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Others {
+    /// Ebb, as where `managedResources` is left out of its scheduler's configuration and all pods are its own.
+    Ebb,
+    /// kube-scheduler, as Ebb is installed: where the most CPU and memory is free, each as a part of the node's
+    /// (NodeResourcesFit's default, LeastAllocated).
+    KubeScheduler,
+}
+
 /// Ebb's ledger and its record of requests.
 pub struct Ebb {
+    others: Others,
+    /// The nodes when they were empty.
+    empty: Vec<Machine>,
     ledger: Ledger,
     mix: Mix,
     wants: Vec<Want>,
@@ -38,7 +51,7 @@ pub struct Ebb {
 
 impl Ebb {
     /// Ebb on empty nodes.
-    pub fn new(lists: &Lists, cluster: &Cluster) -> Ebb {
+    pub fn new(lists: &Lists, cluster: &Cluster, others: Others) -> Ebb {
         let names: Vec<NodeName> = (0..cluster.machines.len())
             .map(|number| format!("{number:06}").as_str().into())
             .collect();
@@ -49,12 +62,21 @@ impl Ebb {
             }
         }
         Ebb {
+            others,
+            empty: cluster.machines.clone(),
             ledger,
             mix: Mix::default(),
             wants: lists.kinds.iter().map(want).collect(),
             names,
             pods: 0,
         }
+    }
+
+    /// Free CPU and memory of a node, in thousandths of what it has, together.
+    fn least_allocated(&self, cluster: &Cluster, machine: usize) -> u64 {
+        let (all, now) = (&self.empty[machine], &cluster.machines[machine]);
+        let part = |now: u64, all: u64| now * 1000 / all.max(1);
+        part(now.cpu_milli, all.cpu_milli) + part(now.memory_mib, all.memory_mib)
     }
 
     fn uid(&self) -> PodUid {
@@ -84,6 +106,14 @@ impl Packer for Ebb {
         {
             return Place {
                 machine: *bare,
+                gpus: Vec::new(),
+            };
+        }
+        if want.gpus.is_none() && self.others == Others::KubeScheduler {
+            let score = |machine: &&usize| self.least_allocated(cluster, **machine);
+            let most = fitting.iter().min_by_key(|machine| Reverse(score(machine)));
+            return Place {
+                machine: *most.expect("some node fits"),
                 gpus: Vec::new(),
             };
         }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::apps::v1::{Deployment, StatefulSet};
-use k8s_openapi::api::core::v1::{PodTemplateSpec, Service};
+use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec, Service};
 use kube::ResourceExt;
 
 use crate::api::annotations;
@@ -11,6 +11,39 @@ use crate::api::settings::{SettingError, Settings};
 use crate::api::units::Replicas;
 use crate::api::workload::{WorkloadKind, WorkloadRef};
 use crate::plan::gating::{Labels, ServiceFacts};
+
+/// Label with the hash of the pod template, on every pod of a ReplicaSet.
+const TEMPLATE_HASH: &str = "pod-template-hash";
+
+/// The workload that a pod belongs to, by its owner. A Deployment's pods are owned by a ReplicaSet whose name is the
+/// Deployment's and the pod's template hash.
+#[must_use]
+pub fn workload_of(pod: &Pod) -> Option<WorkloadRef> {
+    let owner = pod
+        .owner_references()
+        .iter()
+        .find(|owner| owner.controller == Some(true))?;
+    let hash = pod.labels().get(TEMPLATE_HASH).map(String::as_str);
+    owned_by(&pod.namespace()?, &owner.kind, &owner.name, hash)
+}
+
+/// The same by what a pod says of the owner that controls it: kind, name, and the template hash among its own labels.
+#[must_use]
+pub fn owned_by(namespace: &str, kind: &str, name: &str, template_hash: Option<&str>) -> Option<WorkloadRef> {
+    let (kind, name) = match kind {
+        "StatefulSet" => (WorkloadKind::StatefulSet, name),
+        "ReplicaSet" => {
+            let deployment = name.strip_suffix(template_hash?)?.strip_suffix('-')?;
+            (WorkloadKind::Deployment, deployment)
+        }
+        _ => return None,
+    };
+    Some(WorkloadRef {
+        kind,
+        namespace: namespace.to_owned(),
+        name: name.to_owned(),
+    })
+}
 
 /// A workload as the cluster has it now.
 #[derive(Clone, Debug)]
@@ -136,5 +169,29 @@ pub fn service_facts(service: &Service) -> ServiceFacts<'_> {
         }),
         selector: spec.and_then(|s| s.selector.as_ref()),
         mode: service.annotations().get(annotations::MODE).map(String::as_str),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_pod_leads_to_its_deployment() {
+        let pod: Pod = serde_json::from_value(json!({"metadata": {
+            "name": "llama-7b-6d5f-x2", "namespace": "models",
+            "labels": {"pod-template-hash": "6d5f"},
+            "ownerReferences": [
+                {"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "llama-7b-6d5f", "uid": "u", "controller": true}
+            ],
+        }}))
+        .unwrap();
+        let workload = workload_of(&pod).unwrap();
+        assert_eq!(
+            (workload.kind, workload.name.as_str()),
+            (WorkloadKind::Deployment, "llama-7b")
+        );
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 
-use crate::api::workload::{WorkloadKind, WorkloadRef};
+use crate::api::workload::WorkloadRef;
 use crate::cluster::slices;
 use crate::cluster::view::View;
 use crate::cluster::workloads::{IntoWorkload, Workload};
@@ -75,52 +75,4 @@ pub fn may_carry_requests(pod: &Pod) -> bool {
         .as_ref()
         .is_some_and(|status| status.phase.as_deref() == Some("Running"));
     running && (pod.metadata.deletion_timestamp.is_some() || slices::is_ready(pod))
-}
-
-/// The workload that a pod belongs to, by its owner. A Deployment's pods are owned by a ReplicaSet whose name is the
-/// Deployment's and the pod's template hash.
-#[must_use]
-pub fn workload_of(pod: &Pod) -> Option<WorkloadRef> {
-    let owner = pod
-        .owner_references()
-        .iter()
-        .find(|owner| owner.controller == Some(true))?;
-    let (kind, name) = match owner.kind.as_str() {
-        "StatefulSet" => (WorkloadKind::StatefulSet, owner.name.clone()),
-        "ReplicaSet" => {
-            let hash = pod.labels().get("pod-template-hash")?;
-            let name = owner.name.strip_suffix(hash.as_str())?.strip_suffix('-')?;
-            (WorkloadKind::Deployment, name.to_owned())
-        }
-        _ => return None,
-    };
-    Some(WorkloadRef {
-        kind,
-        namespace: pod.namespace()?,
-        name,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-    use serde_json::json;
-
-    #[test]
-    fn a_pod_leads_to_its_deployment() {
-        let pod: Pod = serde_json::from_value(json!({"metadata": {
-            "name": "llama-7b-6d5f-x2", "namespace": "models",
-            "labels": {"pod-template-hash": "6d5f"},
-            "ownerReferences": [
-                {"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "llama-7b-6d5f", "uid": "u", "controller": true}
-            ],
-        }}))
-        .unwrap();
-        let workload = workload_of(&pod).unwrap();
-        assert_eq!(
-            (workload.kind, workload.name.as_str()),
-            (WorkloadKind::Deployment, "llama-7b")
-        );
-    }
 }

@@ -20,7 +20,7 @@ use crate::api::units::Replicas;
 use crate::api::workload::{WorkloadKind, WorkloadRef};
 use crate::cluster::events::{self, Told};
 use crate::cluster::scale;
-use crate::cluster::workloads::Workload;
+use crate::cluster::workloads::{Workload, workload_of};
 use crate::link::ToGate;
 use crate::plan::sleep::GateFacts;
 use crate::plan::{autoscale, sleep, wake_failure};
@@ -91,7 +91,7 @@ impl Workloads {
                 if facts::may_carry_requests(&pod) {
                     gate_pods.push(pod.name_any());
                 }
-            } else if let Some(workload) = facts::workload_of(&pod) {
+            } else if let Some(workload) = workload_of(&pod) {
                 pods.entry(workload).or_default().push(pod);
             }
         }

@@ -22,6 +22,7 @@ use crate::api::gpu_request::{GpuRequest, gpu_request};
 use crate::api::units::{Bytes, NodeName, PodUid};
 use crate::cluster::ledger_feed;
 use crate::cluster::rooms;
+use crate::cluster::workloads::workload_of;
 use crate::plan::ledger::{Claim, Ledger, Stage};
 use crate::plan::nodes_wanted::tolerates;
 use crate::plan::placement::{self, Judge, Want};
@@ -228,12 +229,7 @@ fn hold(
     let name = NodeName::from(args.node.as_str());
     let want = ledger_feed::want_of(pod, Some(request.clone()));
     let own = pod.annotations().get(annotations::PLACEMENT).map(String::as_str);
-    let owners = pod.owner_references().iter();
-    let packing = extender.packing(
-        &args.namespace,
-        own,
-        owners.map(|owner| (owner.kind.as_str(), owner.name.as_str())),
-    );
+    let packing = extender.packing(own, workload_of(pod));
     extender.ledger.update(|ledger| {
         ledger.expire(now_ms);
         let hands = extender.mix.lock().hands(ledger);

@@ -20,7 +20,6 @@ mod tests;
 mod verbs;
 mod wire;
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -35,7 +34,7 @@ use axum::routing::post;
 use bytes::Bytes;
 use http_body_util::BodyExt;
 use k8s_openapi::api::core::v1::{Node, Pod};
-use kube::api::{ListParams, Patch, PatchParams};
+use kube::api::{ListParams, ObjectMeta, Patch, PatchParams};
 use kube::{Api, Client, ResourceExt};
 use parking_lot::Mutex;
 use serde_json::json;
@@ -43,6 +42,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::packing::Packing;
+use crate::api::workload::{WorkloadKind, WorkloadRef};
 use crate::api::{annotations, names};
 use crate::cluster::call::{CallError, limited};
 use crate::cluster::ledger_feed::{self, CDI_PREFIX, SharedLedger, pod_event};
@@ -146,40 +146,28 @@ impl Extender {
 
     /// How a pod is to be placed: as it says itself, else as its workload does, where the webhook has written what its
     /// policy says. A text that cannot be read is as good as none.
-    fn packing<'a>(
-        &self,
-        namespace: &str,
-        own: Option<&str>,
-        owners: impl Iterator<Item = (&'a str, &'a str)>,
-    ) -> Packing {
-        let read = |text: &str| text.parse().ok();
-        let of = |annotations: Option<&BTreeMap<String, String>>| {
-            annotations.and_then(|annotations| read(annotations.get(annotations::PLACEMENT)?))
-        };
-        let of_workload = |(kind, name): (&str, &str)| match kind {
-            // A Deployment's ReplicaSet has its name and a hash.
-            "ReplicaSet" => {
-                let (deployment, _) = name.rsplit_once('-')?;
-                of(self
-                    .view
-                    .deployments
-                    .get(namespace, deployment)?
-                    .metadata
-                    .annotations
-                    .as_ref())
-            }
-            "StatefulSet" => of(self
-                .view
-                .stateful_sets
-                .get(namespace, name)?
-                .metadata
+    fn packing(&self, own: Option<&str>, workload: Option<WorkloadRef>) -> Packing {
+        let of = |metadata: &ObjectMeta| {
+            metadata
                 .annotations
-                .as_ref()),
-            _ => None,
+                .as_ref()?
+                .get(annotations::PLACEMENT)?
+                .parse()
+                .ok()
         };
-        let mut owners = owners;
-        own.and_then(read)
-            .or_else(|| owners.find_map(of_workload))
+        let of_workload = || {
+            let WorkloadRef {
+                kind,
+                namespace,
+                name,
+            } = workload?;
+            match kind {
+                WorkloadKind::Deployment => of(&self.view.deployments.get(&namespace, &name)?.metadata),
+                WorkloadKind::StatefulSet => of(&self.view.stateful_sets.get(&namespace, &name)?.metadata),
+            }
+        };
+        own.and_then(|text| text.parse().ok())
+            .or_else(of_workload)
             .unwrap_or_default()
     }
 
@@ -330,7 +318,7 @@ async fn decide(extender: &Extender, request: Request, verb: Verb) -> Response {
             ledger: &extender.ledger,
             refused: &extender.refused,
             mix: &extender.mix,
-            packing: &|pod| extender.packing(pod.namespace(), pod.placement(), pod.owners()),
+            packing: &|pod| extender.packing(pod.placement(), pod.workload()),
             now_ms: extender.now_ms(),
         };
         verb.here(desk, &body)

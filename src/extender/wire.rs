@@ -10,6 +10,8 @@ use serde_json::value::RawValue;
 
 use crate::api::gpu_request::{Asking, GpuRequest, GpuRequestError, request_of};
 use crate::api::host::{self, Host, Init};
+use crate::api::workload::WorkloadRef;
+use crate::cluster::workloads::owned_by;
 use crate::plan::placement::{Needs, Want};
 
 /// A text of the body; owned only where it holds an escape.
@@ -104,6 +106,14 @@ struct Metadata<'a> {
     annotations: Option<Annotations<'a>>,
     #[serde(borrow, default, rename = "ownerReferences")]
     owners: Option<Vec<Owner<'a>>>,
+    #[serde(borrow, default)]
+    labels: Option<Labels<'a>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Labels<'a> {
+    #[serde(borrow, default, rename = "pod-template-hash")]
+    template_hash: Option<Text<'a>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -122,6 +132,8 @@ struct Owner<'a> {
     kind: Text<'a>,
     #[serde(borrow)]
     name: Text<'a>,
+    #[serde(default)]
+    controller: Option<bool>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -307,10 +319,19 @@ impl Pod<'_> {
         annotations.placement.as_ref().map(|text| &*text.0)
     }
 
-    /// Kind and name of its owners.
-    pub fn owners(&self) -> impl Iterator<Item = (&str, &str)> {
-        let owners = self.metadata.owners.iter().flatten();
-        owners.map(|owner| (&*owner.kind.0, &*owner.name.0))
+    /// The workload that it belongs to, by the owner that controls it.
+    #[must_use]
+    pub fn workload(&self) -> Option<WorkloadRef> {
+        let mut owners = self.metadata.owners.iter().flatten();
+        let owner = owners.find(|owner| owner.controller == Some(true))?;
+        let labels = self.metadata.labels.as_ref();
+        let hash = labels.and_then(|labels| labels.template_hash.as_ref());
+        owned_by(
+            self.namespace(),
+            &owner.kind.0,
+            &owner.name.0,
+            hash.map(|text| &*text.0),
+        )
     }
 }
 

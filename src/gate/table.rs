@@ -20,7 +20,7 @@ use crate::api::units::{Bytes, PodUid};
 use crate::api::workload::{WorkloadKind, WorkloadRef};
 use crate::cluster::slices;
 use crate::cluster::view::Hook;
-use crate::cluster::workloads::{IntoWorkload, Workload, service_facts};
+use crate::cluster::workloads::{self, IntoWorkload, Workload, service_facts};
 use crate::plan::gating::{Gating, Labels, gating};
 use crate::plan::hold::{Limits, Seen, SeenPod, Target};
 
@@ -206,7 +206,7 @@ impl Tables {
                 .namespace
                 .as_deref()
                 .is_some_and(|name| known.contains_key(name))
-                && let Some(owner) = owner(pod)
+                && let Some(owner) = workloads::workload_of(pod)
                 && let Some(list) = pods.get_mut(&owner)
             {
                 list.push(pod);
@@ -371,29 +371,6 @@ fn workload_of(service: &Service, known: &[Arc<Known>]) -> Result<WorkloadRef, S
             }
         },
     }
-}
-
-/// The workload a pod belongs to. A Deployment's pods name their ReplicaSet, whose name is the Deployment's and the
-/// template hash that the pod carries as a label.
-fn owner(pod: &Pod) -> Option<WorkloadRef> {
-    let owner = pod
-        .owner_references()
-        .iter()
-        .find(|owner| owner.controller == Some(true))?;
-    let (kind, name) = match owner.kind.as_str() {
-        "StatefulSet" => (WorkloadKind::StatefulSet, owner.name.as_str()),
-        "ReplicaSet" => {
-            let hash = pod.labels().get("pod-template-hash")?;
-            let name = owner.name.strip_suffix(hash.as_str())?.strip_suffix('-')?;
-            (WorkloadKind::Deployment, name)
-        }
-        _ => return None,
-    };
-    Some(WorkloadRef {
-        kind,
-        namespace: pod.namespace()?,
-        name: name.to_owned(),
-    })
 }
 
 fn facts(known: &Known, pods: &[&Pod], checks: BTreeMap<PodUid, Arc<Checks>>, zero: Option<u64>) -> Facts {

@@ -88,7 +88,8 @@ pub fn give(gpus: &mut [GpuRoom], request: &GpuRequest, picked: Picked) {
     }
 }
 
-/// Puts the request on the fullest GPUs that take it, of equals the smallest card and one in use, and says whether they were enough. Nothing changes if not.
+/// Puts the request on the fullest GPUs that take it, of equals the smallest card and one in use, and says whether they
+/// were enough. Nothing changes if not.
 pub fn take(gpus: &mut [GpuRoom], request: &GpuRequest) -> bool {
     let Some(picked) = pick(gpus, request, |gpu| (gpu.free, gpu.usable, gpu.empty)) else {
         return false;

@@ -73,7 +73,6 @@ impl Setup {
     }
 
     /// Starts a controller that finds the API server at another address, without TLS.
-    #[allow(dead_code, reason = "not every test that has this module needs it")]
     pub fn controller_through(&self, name: &str, ip: &str, proxy: SocketAddr) -> Program {
         let text = std::fs::read_to_string(&self.kubeconfig).unwrap();
         let mut config: Value = serde_yaml_ng::from_str(&text).unwrap();

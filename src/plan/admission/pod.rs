@@ -12,8 +12,9 @@ use crate::api::{annotations as key, names};
 /// What a Binding writes on a pod.
 const BOUND: [&str; 3] = [key::GPU_DEVICES, key::GPU_MEMORY_BYTES, key::GPU_MEMORY_SHARE];
 
-/// What a person wrote for the Binding to read.
+/// What a person wrote, from which the Binding was made.
 const ASKED: [&str; 2] = [key::GPUS, key::SHARING];
+
 /// The variables, and the annotations they read when the container is created.
 const VARIABLES: [(&str, &str); 3] = [
     (names::VISIBLE_DEVICES_ENV, key::GPU_DEVICES),

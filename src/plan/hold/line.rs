@@ -26,6 +26,9 @@ pub struct Line {
     limits: Limits,
     replicas: Replicas,
     waiting: BTreeMap<Ticket, Waiting>,
+    /// How many of them wait for each target. Looked at on every change, where going through all of them would make a
+    /// long line's work grow with its square.
+    targets: BTreeMap<Target, u32>,
     waiting_bytes: Bytes,
     next_ticket: u64,
     in_flight: u32,
@@ -54,6 +57,7 @@ impl Line {
             },
             replicas: Replicas::default(),
             waiting: BTreeMap::new(),
+            targets: BTreeMap::new(),
             waiting_bytes: Bytes(0),
             next_ticket: 0,
             in_flight: 0,
@@ -166,12 +170,19 @@ impl Line {
 
     fn insert(&mut self, ticket: Ticket, target: Target, bytes: Bytes) {
         self.waiting_bytes = self.waiting_bytes.saturating_add(bytes);
+        *self.targets.entry(target.clone()).or_default() += 1;
         self.waiting.insert(ticket, Waiting { target, bytes });
     }
 
     fn remove(&mut self, ticket: Ticket) -> Option<Waiting> {
         let waiting = self.waiting.remove(&ticket)?;
         self.waiting_bytes = self.waiting_bytes.saturating_sub(waiting.bytes);
+        if let Some(count) = self.targets.get_mut(&waiting.target) {
+            *count -= 1;
+            if *count == 0 {
+                self.targets.remove(&waiting.target);
+            }
+        }
         Some(waiting)
     }
 
@@ -188,6 +199,7 @@ impl Line {
             self.touch(now);
         }
         self.waiting_bytes = Bytes(0);
+        self.targets.clear();
         std::mem::take(&mut self.waiting).into_keys().collect()
     }
 
@@ -215,14 +227,10 @@ impl Line {
 
     /// Sends away who waits for a port by a name that no loaded replica has: it would be for nothing.
     pub fn misled(&mut self, now: u64) -> Vec<(Ticket, Target)> {
-        let names: BTreeSet<&Target> = self
-            .waiting
-            .values()
-            .map(|waiting| &waiting.target)
+        let wrong: BTreeSet<Target> = self
+            .targets
+            .keys()
             .filter(|target| matches!(target, Target::Name(_)))
-            .collect();
-        let wrong: BTreeSet<Target> = names
-            .into_iter()
             .filter(|target| self.desired > 0 && self.replicas.none_has(target))
             .cloned()
             .collect();
