@@ -158,7 +158,8 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
         began: Instant::now(),
         since: Instant::now(),
     };
-    let extender = extender(&args, &context, &certificates);
+    let extender_metrics = extender::Metrics::new(&mut registry);
+    let extender = extender(&args, &context, &certificates, extender_metrics);
     let routers = Routers {
         webhook: webhook::router(webhook::Context {
             view: context.view.clone(),
@@ -226,7 +227,12 @@ struct Routers {
     link: Router,
 }
 
-fn extender(args: &Args, context: &Context, certificates: &Certificates) -> Arc<Extender> {
+fn extender(
+    args: &Args,
+    context: &Context,
+    certificates: &Certificates,
+    metrics: extender::Metrics,
+) -> Arc<Extender> {
     let service = format!("{}.{}.svc", names::CONTROLLER, args.namespace);
     Extender::new(extender::Parts {
         client: context.client.clone(),
@@ -236,6 +242,7 @@ fn extender(args: &Args, context: &Context, certificates: &Certificates) -> Arc<
         forwarder: Forwarder::new(certificates.client(), service, FORWARD_LIMIT, FORWARD_MAX_ANSWER),
         port: args.extender_port,
         device_names: args.gpu_device_names,
+        metrics,
         started: context.began,
     })
 }

@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use serde_json::json;
 use tokio::time::Instant;
 
+use super::metrics::BindOutcome;
 use super::wire::BindArgs;
 use super::{Extender, millis};
 use crate::api::annotations;
@@ -88,7 +89,7 @@ pub(super) async fn bind(extender: &Arc<Extender>, args: BindArgs) -> Result<(),
                 let task = tokio::spawn(async move {
                     let result = told(&extender, &args).await;
                     extender.bindings.0.lock().remove(&key);
-                    result
+                    result.map(|_| ())
                 });
                 let outcome: Outcome = async { task.await.unwrap_or(Err(BindError::Broken)) }
                     .boxed()
@@ -101,7 +102,20 @@ pub(super) async fn bind(extender: &Arc<Extender>, args: BindArgs) -> Result<(),
     outcome.await
 }
 
-async fn told(extender: &Extender, args: &BindArgs) -> Result<(), BindError> {
+/// What a bind that did not fail came to.
+#[derive(Clone, Copy)]
+enum Bound {
+    /// It was bound there already.
+    Before,
+    /// It asks for no GPU memory.
+    WithoutGpu,
+    /// To the node and GPUs that were held for it.
+    AsPlanned,
+    /// To others.
+    Elsewhere,
+}
+
+async fn told(extender: &Extender, args: &BindArgs) -> Result<Bound, BindError> {
     let started = Instant::now();
     let result = attempts(extender, args).await;
     let (pod, node, ms) = (
@@ -110,8 +124,17 @@ async fn told(extender: &Extender, args: &BindArgs) -> Result<(), BindError> {
         millis(started.elapsed()),
     );
     match &result {
-        Ok(()) => tracing::info!(pod, node, ms, "bound"),
+        Ok(_) => tracing::info!(pod, node, ms, "bound"),
         Err(error) => tracing::warn!(pod, node, ms, reason = %error, "not bound"),
+    }
+    let outcome = match &result {
+        Ok(Bound::Before | Bound::WithoutGpu) => None,
+        Ok(Bound::AsPlanned) => Some(BindOutcome::Planned),
+        Ok(Bound::Elsewhere) => Some(BindOutcome::Elsewhere),
+        Err(_) => Some(BindOutcome::Refused),
+    };
+    if let Some(outcome) = outcome {
+        extender.metrics.bind_ended(outcome);
     }
     result
 }
@@ -123,16 +146,18 @@ enum Sent {
     Conflict(kube::Error),
 }
 
-async fn attempts(extender: &Extender, args: &BindArgs) -> Result<(), BindError> {
+async fn attempts(extender: &Extender, args: &BindArgs) -> Result<Bound, BindError> {
     let uid = PodUid::from(args.uid.as_str());
     let known = extender.view.pods.get(&args.namespace, &args.pod);
     let mut pod = match known {
         Some(pod) if pod.metadata.uid.as_deref() == Some(&*args.uid) => pod,
         _ => Arc::new(get(extender, args).await?),
     };
+    // What the first attempt takes is held from then on, so only that one tells.
+    let mut landed = None;
     for attempt in 1..=ATTEMPTS {
         if already_bound(extender, args, &uid, &pod)? {
-            return Ok(());
+            return Ok(landed.unwrap_or(Bound::Before));
         }
         let spec = pod.spec.clone().unwrap_or_default();
         let request = gpu_request(&spec, pod.metadata.annotations.as_ref())
@@ -142,13 +167,18 @@ async fn attempts(extender: &Extender, args: &BindArgs) -> Result<(), BindError>
             Some(request) => Some(hold(extender, args, &uid, &pod, request)?),
             None => None,
         };
+        let landed = *landed.get_or_insert(match &share {
+            None => Bound::WithoutGpu,
+            Some(granted) if granted.as_planned => Bound::AsPlanned,
+            Some(_) => Bound::Elsewhere,
+        });
         match send(extender, args, &uid, &pod, share.as_ref()).await? {
             Sent::Taken => {
                 extender
                     .ledger
                     .update(|ledger| ledger.set_stage(&uid, Stage::Bound));
                 extender.refused.forget(&uid);
-                return Ok(());
+                return Ok(landed);
             }
             Sent::Conflict(error) if attempt == ATTEMPTS => {
                 release(extender, &uid);
@@ -214,6 +244,8 @@ fn check_node(extender: &Extender, args: &BindArgs, pod: &Pod) -> Result<(), Bin
 struct Granted {
     claim: Claim,
     usable: Bytes,
+    /// It is what was held for the pod.
+    as_planned: bool,
 }
 
 /// Takes the room on the node, before anyone else can: what was held for the pod if it still fits, otherwise the best
@@ -275,6 +307,7 @@ fn grant(
         .filter(|hold| hold.node == *name)
         .and_then(|hold| hold.claim.gpus.clone())
         .filter(|gpus| placement::still_fits(node, request, gpus, uid));
+    let as_planned = same.is_some();
     let gpus = match same {
         Some(gpus) => gpus,
         None => {
@@ -287,6 +320,7 @@ fn grant(
     Ok(Granted {
         usable: usable.map(|gpu| gpu.usable).min().unwrap_or_default(),
         claim: Claim::of(request, gpus),
+        as_planned,
     })
 }
 
@@ -342,7 +376,7 @@ async fn send(
 }
 
 fn binding(extender: &Extender, args: &BindArgs, pod: &Pod, granted: Option<&Granted>) -> serde_json::Value {
-    let annotations = granted.map(|Granted { claim, usable }| {
+    let annotations = granted.map(|Granted { claim, usable, .. }| {
         let prefix = extender.device_names.prefix();
         let devices: Vec<String> = claim
             .gpus

@@ -13,6 +13,7 @@
 //! earlier leader still has on its way is shut out by [`term_mark`].
 
 mod bind;
+mod metrics;
 mod refused;
 mod term_mark;
 #[cfg(test)]
@@ -50,6 +51,7 @@ use crate::cluster::view::View;
 use crate::plan::placement::Mix;
 use crate::serve::forward::Forwarder;
 use crate::serve::lease::Leadership;
+pub use metrics::Metrics;
 use verbs::{Desk, Verb};
 
 /// Largest body taken: 5,000 whole nodes of 3 KiB and a pod of a megabyte fit.
@@ -104,6 +106,8 @@ pub struct Parts {
     pub port: u16,
     /// How GPUs are named to containers.
     pub device_names: DeviceNames,
+    /// Figures for `/metrics`.
+    pub metrics: Metrics,
     /// Zero of the ledger's clock.
     pub started: Instant,
 }

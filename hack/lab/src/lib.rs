@@ -10,6 +10,7 @@ pub mod client;
 pub mod cluster;
 pub mod demo;
 pub mod ebb_install;
+pub mod fleet;
 pub mod group;
 pub mod model;
 pub mod node;
