@@ -73,6 +73,14 @@ const AT_LEAST_EVERY: Duration = Duration::from_secs(30);
 /// And none passes again sooner than this.
 const AT_MOST_EVERY: Duration = Duration::from_millis(2);
 
+/// A pass that kept the processor longer than this is followed by a pause of [`PAUSE`] times the rest.
+const CHEAP: Duration = Duration::from_millis(5);
+/// On a large cluster in a burst of changes, passes back to back would take the processor from those who answer the
+/// scheduler. So one reconciler gets about a tenth of one.
+const PAUSE: u32 = 10;
+/// The longest such pause.
+const LONGEST_REST: Duration = Duration::from_secs(1);
+
 /// Runs a reconciler until `stop`. The pass under way then is finished.
 pub async fn drive<R: Reconciler>(
     mut reconciler: R,
@@ -84,7 +92,8 @@ pub async fn drive<R: Reconciler>(
         for change in &mut changes {
             change.mark_unchanged();
         }
-        let next = reconciler.pass().await;
+        let (next, busy) = timed(reconciler.pass()).await;
+        let rested = Instant::now() + rest(busy);
         metrics.passes.get_or_create(&PartLabel { part: R::PART }).inc();
         let wait = next
             .unwrap_or(AT_LEAST_EVERY)
@@ -96,9 +105,27 @@ pub async fn drive<R: Reconciler>(
         }
         tokio::select! {
             () = stop.cancelled() => return,
-            () = tokio::time::sleep(R::GATHER) => {}
+            () = tokio::time::sleep_until(rested.max(Instant::now() + R::GATHER)) => {}
         }
     }
+}
+
+fn rest(busy: Duration) -> Duration {
+    (busy.saturating_sub(CHEAP) * PAUSE).min(LONGEST_REST)
+}
+
+/// Waits for a future; what it gave, and for how long it kept the processor. What it waited for others does not count.
+async fn timed<F: Future>(future: F) -> (F::Output, Duration) {
+    let mut future = std::pin::pin!(future);
+    let mut busy = Duration::ZERO;
+    let output = std::future::poll_fn(|context| {
+        let began = Instant::now();
+        let poll = future.as_mut().poll(context);
+        busy += began.elapsed();
+        poll
+    })
+    .await;
+    (output, busy)
 }
 
 /// Waits until one of them changes; for ever where none can any more.
@@ -215,6 +242,19 @@ mod tests {
         assert_eq!(count.load(Ordering::SeqCst), 2);
         stop.cancel();
         assert!(task.await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn waiting_is_not_being_busy() {
+        let ((), busy) = timed(tokio::time::sleep(Duration::from_secs(5))).await;
+        assert_eq!(busy, Duration::ZERO);
+    }
+
+    #[test]
+    fn only_an_expensive_pass_is_followed_by_a_rest_and_never_by_a_long_one() {
+        assert_eq!(rest(Duration::from_millis(4)), Duration::ZERO);
+        assert_eq!(rest(Duration::from_millis(25)), Duration::from_millis(200));
+        assert_eq!(rest(Duration::from_secs(9)), LONGEST_REST);
     }
 
     #[tokio::test(start_paused = true)]

@@ -15,3 +15,4 @@ pub mod group;
 pub mod model;
 pub mod node;
 pub mod nvml_state;
+pub mod soak;

@@ -27,6 +27,8 @@ enum Command {
     Demo(ebb_lab::demo::Args),
     /// Run one benchmark by name.
     Bench(ebb_lab::bench::Args),
+    /// Put a cluster under pressure.
+    Soak(ebb_lab::soak::Args),
 }
 
 fn main() -> std::process::ExitCode {
@@ -41,6 +43,7 @@ fn main() -> std::process::ExitCode {
         Command::Group(args) => ebb_lab::group::run(*args),
         Command::Demo(args) => ebb_lab::demo::run(args),
         Command::Bench(args) => ebb_lab::bench::run(args),
+        Command::Soak(args) => ebb_lab::soak::run(args),
     };
     match result {
         Ok(()) => std::process::ExitCode::SUCCESS,

@@ -1,15 +1,16 @@
 //! A large cluster on a small machine: API server, kube-scheduler and `ebb controller` are the real programs, and the GPU
 //! nodes are objects that nobody runs. So thousands of nodes and pods cost what the programs under test cost.
 //!
-//! `objects` makes nodes and pods · `replica` runs a controller · `scheduler` runs a kube-scheduler with the profile of
-//! `manifests/` · `binds` sees which pod was bound when · `books` adds up who was promised how much of which GPU · `usage`
-//! asks the kernel what a program takes.
+//! `objects` makes nodes and pods · `replica` runs a controller, `service` is in front of several · `scheduler` runs a
+//! kube-scheduler with the profile of `manifests/` · `binds` sees which pod was bound when · `books` adds up who was
+//! promised how much of which GPU · `usage` asks the kernel what a program takes.
 
 pub mod binds;
 pub mod books;
 pub mod objects;
 pub mod replica;
 pub mod scheduler;
+pub mod service;
 pub mod usage;
 
 use std::io::Write as _;

@@ -15,7 +15,8 @@ const LOOK: Duration = Duration::from_millis(20);
 const HEALTH_PORT: u16 = 8080;
 const EXTENDER_PORT: u16 = 9444;
 
-/// A running controller.
+/// A running controller. Clones are handles on the same process.
+#[derive(Clone)]
 pub struct Replica {
     /// Its process.
     pub program: Program,
