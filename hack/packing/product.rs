@@ -17,9 +17,10 @@ use ebb::plan::ledger::{
     Claim, Entry, Event, GpuFacts, Inventory, Ledger, NeighbourFacts, NodeFacts, NodeState, PodFacts,
 };
 use ebb::plan::placement::{self, Judge, Mix, Needs, Want};
+use ebb_lab::bench::chance::Chance;
 
 use super::cluster::{Cluster, Packer, Place};
-use super::lists::{Chance, Kind, Lists, Machine, WHOLE};
+use super::lists::{Kind, Lists, Machine, WHOLE};
 
 /// Memory that stands for a thousandth of a GPU: cards are compared by shares in these lists, and all have 16,000 MiB.
 const MILLI: u64 = 16 << 20;

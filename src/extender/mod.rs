@@ -50,7 +50,8 @@ use crate::cluster::view::View;
 use crate::plan::placement::Mix;
 use crate::serve::forward::Forwarder;
 use crate::serve::lease::Leadership;
-use verbs::{Desk, Verb};
+pub use refused::Refused;
+pub use verbs::{Desk, Verb};
 
 /// Largest body taken: 5,000 whole nodes of 3 KiB and a pod of a megabyte fit.
 const MAX_BODY: usize = 16 << 20;

@@ -23,17 +23,21 @@ pub(super) const NO_LEADER: &str =
     "Ebb's controller is choosing a new leader; the pod is tried again as soon as there is one";
 
 /// An answer's bytes, or why the body is no request.
-pub(super) type Answer = serde_json::Result<Vec<u8>>;
+pub type Answer = serde_json::Result<Vec<u8>>;
 
 /// What the answers are made from.
 #[derive(Clone, Copy)]
-pub(super) struct Desk<'a> {
-    pub(super) ledger: &'a SharedLedger,
-    pub(super) refused: &'a Refused,
-    pub(super) mix: &'a Mutex<Mix>,
+pub struct Desk<'a> {
+    /// Who has how much of which GPU.
+    pub ledger: &'a SharedLedger,
+    /// Pods that found no room.
+    pub refused: &'a Refused,
+    /// What the cluster is asked for.
+    pub mix: &'a Mutex<Mix>,
     /// How a pod is to be placed.
-    pub(super) packing: &'a dyn Fn(&wire::Pod<'_>) -> Packing,
-    pub(super) now_ms: u64,
+    pub packing: &'a dyn Fn(&wire::Pod<'_>) -> Packing,
+    /// Now, by the ledger's clock.
+    pub now_ms: u64,
 }
 
 impl Desk<'_> {
@@ -46,15 +50,21 @@ impl Desk<'_> {
 
 /// The verbs that only ask the ledger.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Verb {
+pub enum Verb {
+    /// Which nodes have room.
     Filter,
+    /// Which of them is best.
     Prioritize,
+    /// On which of them evicting would make room.
     Preempt,
 }
 
 impl Verb {
     /// The answer of a replica that leads.
-    pub(super) fn here(self, desk: Desk<'_>, body: &[u8]) -> Answer {
+    ///
+    /// # Errors
+    /// When the body is no such request.
+    pub fn here(self, desk: Desk<'_>, body: &[u8]) -> Answer {
         match self {
             Verb::Filter => filter(desk, body),
             Verb::Prioritize => prioritize(desk, body),
