@@ -14,6 +14,7 @@
 
 mod bind;
 mod refused;
+pub mod registration;
 mod term_mark;
 #[cfg(test)]
 mod tests;
