@@ -8,7 +8,7 @@ use ebb::api::gpu_request::{GpuRequest, Sharing};
 use ebb::api::host::Host;
 use ebb::api::units::{Bytes, GpuId, MilliCpu, NodeName, PodUid};
 use ebb::plan::ledger::{
-    Claim, Entry, Event, GpuFacts, Inventory, Ledger, NeighbourFacts, NodeFacts, PodFacts,
+    Claim, Entry, Event, GpuFacts, Images, Inventory, Ledger, NeighbourFacts, NodeFacts, PodFacts,
 };
 use ebb::plan::placement::{self, Needs, Want};
 use ebb_lab::bench::chance::Chance;
@@ -23,6 +23,8 @@ const CARDS: [(&str, u64, usize); 3] = [("H100", 80, 50), ("L40S", 48, 30), ("L4
 const FULL_PERCENT: (usize, usize) = (45, 100);
 /// Pods without GPU memory on each node.
 const NEIGHBOURS: usize = 8;
+/// Other images on each node, beside one version of the server's.
+const OTHER_IMAGES: usize = 20;
 
 /// What a pod asks.
 #[derive(Clone, Debug)]
@@ -314,6 +316,14 @@ fn node(name: &NodeName, card: &str, number: usize) -> NodeFacts {
         ),
         (CARD, card),
     ];
+    // The newest server image is on every fourth node; the others have older ones.
+    let server = (
+        format!("registry.example/vllm-openai:v0.{}.0", 11 - number % 4),
+        9,
+    );
+    let others =
+        (0..OTHER_IMAGES).map(|image| (format!("registry.example/other-{}:1", number % 7 + image), 1));
+    let images: Vec<(String, u64)> = others.chain([server]).collect();
     NodeFacts {
         name: name.clone(),
         fence: None,
@@ -326,6 +336,7 @@ fn node(name: &NodeName, card: &str, number: usize) -> NodeFacts {
                 .map(|(key, value)| (key.to_owned(), value.to_owned()))
                 .into(),
         ),
+        images: Images::new(images.iter().map(|(name, gib)| (name.as_str(), Bytes(gib * GIB)))),
     }
 }
 

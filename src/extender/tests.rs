@@ -11,7 +11,7 @@ use super::*;
 use crate::api::gpu_request::Sharing;
 use crate::api::host::Host;
 use crate::api::units::{Bytes, PodUid};
-use crate::plan::ledger::{Claim, Entry, Event, GpuFacts, Inventory, NodeFacts, PodFacts};
+use crate::plan::ledger::{Claim, Entry, Event, GpuFacts, Images, Inventory, NodeFacts, PodFacts};
 
 const FILTER: &str = include_str!("../../tests/fixtures/kube-scheduler/filter-nodecachecapable.json");
 const FILTER_WHOLE: &str =
@@ -51,6 +51,7 @@ impl Leader {
                 fence: None,
                 allocatable: None,
                 labels: Arc::default(),
+                images: Images::default(),
             }));
             leader.tell(Event::Inventory(Inventory {
                 node: (*name).into(),
@@ -241,6 +242,7 @@ fn a_pod_without_gpu_memory_is_kept_off_gpus() {
         fence: None,
         allocatable: None,
         labels: Arc::default(),
+        images: Images::default(),
     }));
     let result = leader.answer(Verb::Prioritize, &pod);
     assert_eq!(result[1]["Score"], 10, "{result}");

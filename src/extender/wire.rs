@@ -4,14 +4,17 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::value::RawValue;
 
 use crate::api::gpu_request::{Asking, GpuRequest, GpuRequestError, request_of};
 use crate::api::host::{self, Host, Init};
 use crate::api::workload::WorkloadRef;
 use crate::cluster::workloads::owned_by;
+use crate::plan::ledger::Image;
 use crate::plan::placement::{Needs, Want};
 
 /// A text of the body; owned only where it holds an escape.
@@ -47,6 +50,19 @@ pub struct Candidates<'a> {
     pub names: Vec<Cow<'a, str>>,
     /// Each one's whole object, if they came so.
     pub objects: Option<Vec<&'a RawValue>>,
+}
+
+impl Candidates<'_> {
+    /// Leaves nothing but those at these positions, in this order.
+    pub fn keep(&mut self, positions: &[usize]) {
+        self.names = positions
+            .iter()
+            .map(|position| std::mem::take(&mut self.names[*position]))
+            .collect();
+        if let Some(objects) = &mut self.objects {
+            *objects = positions.iter().map(|position| objects[*position]).collect();
+        }
+    }
 }
 
 impl<'a> Args<'a> {
@@ -149,6 +165,22 @@ struct Spec<'a> {
     node_selector: Option<BTreeMap<Text<'a>, Text<'a>>>,
     #[serde(borrow, default)]
     affinity: Option<Affinity<'a>>,
+    #[serde(borrow, default)]
+    topology_spread_constraints: Option<Vec<SpreadConstraint<'a>>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct SpreadConstraint<'a> {
+    #[serde(borrow, default)]
+    when_unsatisfiable: Option<Text<'a>>,
+}
+
+/// Things that are preferred; only whether there are any is asked.
+#[derive(Debug, Default, Deserialize)]
+struct Preferred {
+    #[serde(default, rename = "preferredDuringSchedulingIgnoredDuringExecution")]
+    preferred: Option<Vec<IgnoredAny>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -156,12 +188,18 @@ struct Spec<'a> {
 struct Affinity<'a> {
     #[serde(borrow, default)]
     node_affinity: Option<NodeAffinity<'a>>,
+    #[serde(default)]
+    pod_affinity: Option<Preferred>,
+    #[serde(default)]
+    pod_anti_affinity: Option<Preferred>,
 }
 
 #[derive(Debug, Deserialize)]
 struct NodeAffinity<'a> {
     #[serde(borrow, default, rename = "requiredDuringSchedulingIgnoredDuringExecution")]
     required: Option<NodeSelector<'a>>,
+    #[serde(default, rename = "preferredDuringSchedulingIgnoredDuringExecution")]
+    preferred: Option<Vec<IgnoredAny>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -192,6 +230,8 @@ struct Expression<'a> {
 struct Container<'a> {
     #[serde(borrow)]
     name: Text<'a>,
+    #[serde(borrow, default)]
+    image: Option<Text<'a>>,
     #[serde(borrow, default)]
     resources: Option<Resources<'a>>,
     #[serde(borrow, default, rename = "restartPolicy")]
@@ -312,6 +352,40 @@ impl Pod<'_> {
         needs
     }
 
+    /// The images that a node has to hold before it runs there.
+    #[must_use]
+    pub fn images(&self) -> Vec<Image> {
+        let inits = self.spec.init_containers.iter().flatten();
+        let mut images: Vec<Image> = inits
+            .chain(&self.spec.containers)
+            .filter_map(|container| Some(Image::named(&container.image.as_ref()?.0)))
+            .collect();
+        images.sort();
+        images.dedup();
+        images
+    }
+
+    /// Whether it says itself which nodes it prefers, in a way that kube-scheduler's own scorers serve.
+    #[must_use]
+    pub fn prefers(&self) -> bool {
+        let any =
+            |preferred: &Option<Vec<IgnoredAny>>| preferred.as_ref().is_some_and(|list| !list.is_empty());
+        let by_affinity = self.spec.affinity.as_ref().is_some_and(|affinity| {
+            let pods = [&affinity.pod_affinity, &affinity.pod_anti_affinity];
+            let node = affinity.node_affinity.as_ref();
+            node.is_some_and(|node| any(&node.preferred))
+                || pods.into_iter().flatten().any(|pods| any(&pods.preferred))
+        });
+        let mut spread = self.spec.topology_spread_constraints.iter().flatten();
+        by_affinity
+            || spread.any(|spread| {
+                spread
+                    .when_unsatisfiable
+                    .as_ref()
+                    .is_some_and(|text| text.0 == "ScheduleAnyway")
+            })
+    }
+
     /// Its own word on how it is placed.
     #[must_use]
     pub fn placement(&self) -> Option<&str> {
@@ -364,6 +438,22 @@ impl Asking for Pod<'_> {
     }
 }
 
+/// Nodes with a text for each. A map in the answer, and none before: thousands of names would be sorted for nothing.
+#[derive(Debug, Default)]
+pub struct Failed<'a>(pub Vec<(Cow<'a, str>, Arc<str>)>);
+
+impl Failed<'_> {
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl Serialize for Failed<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(name, text)| (name, &**text)))
+    }
+}
+
 /// Answer to filter. The nodes go back in the form they came in.
 #[derive(Debug, Default, Serialize)]
 #[serde(rename_all = "PascalCase")]
@@ -375,10 +465,10 @@ pub struct FilterResult<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nodes: Option<Nodes<'a>>,
     /// Nodes without room, each with the reason; evicting pods could help.
-    pub failed_nodes: BTreeMap<Cow<'a, str>, String>,
+    pub failed_nodes: Failed<'a>,
     /// The same where evicting pods cannot help.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub failed_and_unresolvable_nodes: BTreeMap<Cow<'a, str>, String>,
+    #[serde(skip_serializing_if = "Failed::is_empty")]
+    pub failed_and_unresolvable_nodes: Failed<'a>,
     /// Not empty: the pod cannot be scheduled at all at the moment.
     pub error: String,
 }

@@ -51,6 +51,7 @@ fn node_event() -> impl Strategy<Value = Event> {
             fence,
             allocatable: Some(CAPACITY),
             labels: Arc::default(),
+            images: Images::default(),
         })
     })
 }
@@ -359,6 +360,7 @@ fn one_gpu(used: Option<u64>) -> Ledger {
             fence: None,
             allocatable: None,
             labels: Arc::default(),
+            images: Images::default(),
         }),
         inventory(used),
     ])

@@ -8,9 +8,13 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
+use crate::api::gpu_request::GpuRequest;
 use crate::api::units::{GpuId, MilliCpu};
-use crate::plan::ledger::{Claim, Entry, Event, Fence, GpuFacts, Inventory, Ledger, NodeFacts, PodFacts};
+use crate::plan::ledger::{
+    Claim, Entry, Event, Fence, GpuFacts, GpuState, Images, Inventory, Ledger, NodeFacts, PodFacts,
+};
 use crate::plan::placement::{Mix, Needs, REMEMBERED, fit};
+use crate::plan::room::GpuRoom;
 
 #[derive(Clone, Debug)]
 struct Shape {
@@ -94,6 +98,7 @@ fn ledger(shapes: &[Shape]) -> Ledger {
                 fence: shape.fence,
                 allocatable: Some(host(shape.cpu)),
                 labels: Arc::new(BTreeMap::from([("pool".to_owned(), pool.to_owned())])),
+                images: Images::default(),
             }),
             Event::Inventory(Inventory {
                 node: name.as_str().into(),
@@ -134,6 +139,7 @@ fn replay(
         let judge = Judge {
             packing,
             hands: &hands,
+            images: &[],
         };
         let nodes = sorted(&ledger);
         let ranking = rank(nodes.iter().copied(), want, None, judge);
@@ -426,6 +432,7 @@ fn a_share_goes_where_another_that_comes_still_fits() {
     let judge = Judge {
         packing: Packing::Fragmentation,
         hands: &hands,
+        images: &[],
     };
     let nodes = sorted(&ledger);
     assert_eq!(rank(nodes.iter().copied(), &want(30), None, judge).order[0].0, 1);
@@ -494,6 +501,7 @@ fn a_card_that_others_cannot_do_without_is_left_to_them() {
         let judge = Judge {
             packing: Packing::Fragmentation,
             hands: &hands,
+            images: &[],
         };
         let nodes = sorted(&ledger);
         assert_eq!(
