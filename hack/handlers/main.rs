@@ -7,7 +7,7 @@ mod cluster;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use clap::Parser;
@@ -49,7 +49,8 @@ const FIGURES: [(&str, f64, &str); 11] = [
 /// The cluster's cards are of three types, its nodes between 45 and 100 % full, its pods small and large, on one GPU and
 /// on several. Pod after pod is filtered and prioritized, with the nodes by name, as kube-scheduler 1.36 does it:
 /// prioritize is sent what filter answered, and the one with the highest score is bound. Between any two calls something
-/// changes: a pod is bound, a pod ends, an agent tells of a GPU.
+/// changes: a pod is bound, a pod ends, an agent tells of a GPU. What a call waited for a processor that other programs
+/// had is taken off, and told.
 ///
 /// `again`: a pod that has a hold already, as when its bind failed. `refused`: one for which no node has room.
 /// `deal_lock`: how long the ledger is kept, every 256 pods, to deal the mix of requests anew in the background.
@@ -79,7 +80,16 @@ struct Extender {
     refused: Refused,
     mix: Mutex<Mix>,
     measured: BTreeMap<&'static str, Vec<f64>>,
+    /// Calls in which another program had the processor for a while.
+    disturbed: usize,
     started: Instant,
+}
+
+/// How long this thread has waited, in all, for a processor that other programs had; 0 where the kernel does not count it.
+fn waited() -> Duration {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    let field = text.split_whitespace().nth(1);
+    Duration::from_nanos(field.and_then(|nanos| nanos.parse().ok()).unwrap_or_default())
 }
 
 impl Extender {
@@ -89,6 +99,7 @@ impl Extender {
             refused: Refused::default(),
             mix: Mutex::default(),
             measured: BTreeMap::new(),
+            disturbed: 0,
             started: Instant::now(),
         };
         extender.ledger.update(|empty| *empty = ledger);
@@ -104,13 +115,15 @@ impl Extender {
             packing: &|_| Packing::default(),
             now_ms: u64::try_from(self.started.elapsed().as_millis())?,
         };
-        let start = Instant::now();
+        let (waited, start) = (waited(), Instant::now());
         let answer = verb.here(desk, body)?;
         let took = start.elapsed();
+        let own = took.saturating_sub(self::waited().saturating_sub(waited));
+        self.disturbed += usize::from(own < took);
         self.measured
             .entry(name)
             .or_default()
-            .push(took.as_secs_f64() * 1000.0);
+            .push(own.as_secs_f64() * 1000.0);
         Ok(serde_json::from_slice(&answer)?)
     }
 
@@ -201,6 +214,7 @@ fn main() -> anyhow::Result<()> {
     for number in 0..WARM_UP + args.pods as usize {
         if number == WARM_UP {
             extender.measured.clear();
+            extender.disturbed = 0;
         }
         let seldom = number.is_multiple_of(SELDOM);
         let kind = draw(&mut chance);
@@ -228,6 +242,11 @@ fn main() -> anyhow::Result<()> {
         }
     }
     report.print();
+    let calls: usize = extender.measured.values().map(Vec::len).sum();
+    println!(
+        "{} of {calls} calls had to wait for a processor that another program had; that is taken off.",
+        extender.disturbed
+    );
     match &args.json {
         Some(file) => report.write(file),
         None => Ok(()),

@@ -296,6 +296,12 @@ proptest! {
         for inventory in objects.inventories.values() {
             ledger.apply(inventory.clone());
         }
+        // The rows say what the pages say, wherever a page was moved to.
+        for node in ledger.nodes() {
+            let found = ledger.find([node.name().as_str(), "nobody"].into_iter());
+            prop_assert_eq!(&found, &[Some((node.row(), node)), None]);
+            prop_assert_eq!(node.row(), &Row::with(node, node.gpus(), node.host()));
+        }
         let fresh = Ledger::rebuild(objects.events(pods_first));
         prop_assert_eq!(&ledger.nodes, &fresh.nodes);
         prop_assert_eq!(&ledger.bound, &fresh.bound);

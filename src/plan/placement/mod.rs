@@ -148,10 +148,11 @@ fn beside(free: Bytes, usable: Bytes, request: &GpuRequest) -> Bytes {
 
 fn choose(node: &NodeState, gpus: &[GpuState], request: &GpuRequest) -> Result<Choice, NodeRefusal> {
     let asked = count(request);
-    let mut fitting: Vec<&GpuState> = gpus.iter().filter(|gpu| takes(gpu, request)).collect();
-    if fitting.len() < asked {
+    let fitting = || gpus.iter().filter(|gpu| takes(gpu, request));
+    if fitting().count() < asked {
         return Err(refusal::why(node, gpus, request));
     }
+    let mut fitting: Vec<&GpuState> = fitting().collect();
     // A stable sort: GPUs of equal room stay in the order of their indices.
     fitting.sort_by_key(|gpu| gpu.free);
     fitting.truncate(asked);

@@ -10,7 +10,7 @@
 
 #[cfg(test)]
 #[path = "rank_tests.rs"]
-mod tests;
+pub(super) mod tests;
 
 use std::cmp::Reverse;
 
@@ -153,7 +153,8 @@ pub fn rank<'n>(
     let mut places: Vec<(Rank, &NodeName, Listed<'_>)> = shortlist
         .listed()
         .filter_map(|listed| {
-            let rank = best_on(&listed.room, listed.warm, want, judge, &mut counted)?;
+            let (room, warm) = (listed.seen.room(judge.hands), listed.seen.warm(judge));
+            let rank = best_on(&room, warm, want, judge, &mut counted)?;
             Some((rank, listed.seen.node.name(), listed))
         })
         .collect();

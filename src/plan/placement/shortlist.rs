@@ -5,7 +5,11 @@
 //! nodes with room, and those among them that prioritize would look at ([`survey`]). So prioritize ranks a hundred names
 //! as it would have ranked all.
 
-use std::cmp::Reverse;
+#[cfg(test)]
+#[path = "shortlist_tests.rs"]
+mod tests;
+
+use std::cmp::{Ordering, Reverse};
 
 use super::hands::Hands;
 use super::mix::Want;
@@ -89,9 +93,18 @@ impl<'n> Seen<'n> {
     pub(super) fn room(&self, hands: &Hands) -> NodeRoom {
         NodeRoom {
             host: self.host(),
-            gpus: self.working().map(GpuRoom::from).collect(),
+            gpus: self.rooms().collect(),
             meets: hands.met_by(self.node.labels()),
         }
+    }
+
+    fn rooms(&self) -> impl Iterator<Item = GpuRoom> {
+        self.working().map(GpuRoom::from)
+    }
+
+    /// Bytes of the pod's images that it holds.
+    pub(super) fn warm(&self, judge: Judge<'_>) -> Warm {
+        Reverse(self.node.images().held(judge.images))
     }
 
     pub(super) fn choice(&self, picked: Picked) -> Choice {
@@ -129,8 +142,6 @@ pub(super) type Warm = Reverse<Bytes>;
 /// A node on the shortlist.
 pub(super) struct Listed<'n> {
     key: Key,
-    pub(super) room: NodeRoom,
-    pub(super) warm: Warm,
     pub(super) position: usize,
     pub(super) seen: Seen<'n>,
     /// Positions of the other nodes in the same state.
@@ -185,12 +196,11 @@ impl<'n, 'a> Shortlist<'n, 'a> {
             list,
             Listed {
                 key,
-                room: seen.room(self.judge.hands),
-                warm: Reverse(seen.node.images().held(self.judge.images)),
                 position,
                 seen,
                 equals: Vec::new(),
             },
+            self.judge,
         );
         list.truncate(self.most);
         true
@@ -209,28 +219,38 @@ impl<'n, 'a> Shortlist<'n, 'a> {
 
 /// Puts a node in its place in the list. Of nodes in the same state one stays: the one that holds the most of the pod's
 /// images, the first by name. For the other ways each node is its own.
-fn enter<'n>(list: &mut Vec<Listed<'n>>, mut new: Listed<'n>) {
-    let apart = !matches!(new.key, Key::Fragmentation(_));
-    let rest = |listed: &Listed<'n>| (listed.warm, listed.seen.node.name().clone());
-    let found = list.binary_search_by(|known| match apart {
-        true => known
-            .key
-            .cmp(&new.key)
-            .then_with(|| known.warm.cmp(&new.warm))
-            .then_with(|| known.seen.node.name().cmp(new.seen.node.name())),
-        false => (known.key, &known.room).cmp(&(new.key, &new.room)),
+fn enter<'n>(list: &mut Vec<Listed<'n>>, mut new: Listed<'n>, judge: Judge<'_>) {
+    let found = list.binary_search_by(|known| {
+        let by_key = known.key.cmp(&new.key);
+        by_key.then_with(|| match new.key {
+            Key::Fragmentation(_) => state(&known.seen, &new.seen, judge.hands),
+            Key::BestFit(..) | Key::Spread(..) => first(&known.seen, &new.seen, judge),
+        })
     });
     match found {
         Err(place) => list.insert(place, new),
         Ok(place) => {
             let known = &mut list[place];
-            if rest(&new) < rest(known) {
+            if first(&new.seen, &known.seen, judge).is_lt() {
                 new.equals = std::mem::take(&mut known.equals);
                 std::mem::swap(known, &mut new);
             }
             known.equals.push(new.position);
         }
     }
+}
+
+/// The order of nodes by all that matters about them beside their [`Key`]: equal are those in the same state.
+fn state(a: &Seen<'_>, b: &Seen<'_>, hands: &Hands) -> Ordering {
+    let met = |seen: &Seen<'_>| hands.met_by(seen.node.labels());
+    let rooms = a.rooms().cmp(b.rooms());
+    rooms.then_with(|| met(a).cmp(&met(b)))
+}
+
+/// The order of nodes in the same state.
+fn first(a: &Seen<'_>, b: &Seen<'_>, judge: Judge<'_>) -> Ordering {
+    let warm = a.warm(judge).cmp(&b.warm(judge));
+    warm.then_with(|| a.node.name().cmp(b.node.name()))
 }
 
 /// A first look at a node, without anything but its figures; `None` when the pod does not fit.
