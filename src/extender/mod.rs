@@ -3,9 +3,9 @@
 //!
 //! The life of a pod that asks for GPU memory, by file:
 //!
-//! 1. [`verbs`]: filter names the nodes with room, prioritize the tightest of them. kube-scheduler binds in the
-//!    background, so that the next pod's filter can come before this pod's bind: the likely winner's memory is held in
-//!    the ledger from here on.
+//! 1. [`verbs`]: filter names the nodes with room, of very many the best; prioritize names the tightest of them.
+//!    kube-scheduler binds in the background, so that the next pod's filter can come before this pod's bind: the likely
+//!    winner's memory is held in the ledger from here on.
 //! 2. [`bind`]: the hold becomes a Binding, one write that sets node and GPUs; the watch then turns it into an entry.
 //! 3. [`refused`]: a pod that found no room is tried again when memory frees, by a Node event.
 //!

@@ -1,9 +1,9 @@
 //! Where a request fits: per node the GPUs it would get, or why it does not fit; among nodes, which one to prefer.
 //!
-//! [`fit`] and its like ask for room and nothing else; [`survey`] does for all nodes that kube-scheduler names. [`rank`]
-//! and [`place`] choose among the places that have room, by
-//! what a [`Judge`] is told: the way to pack, and the [`Mix`] of requests that the cluster really gets. The same ledger,
-//! request and mix give the same answer, always.
+//! [`fit`] and its like ask for room and nothing else. [`rank`] and [`place`] choose among the places that have room, by
+//! what a [`Judge`] is told: the way to pack, and the [`Mix`] of requests that the cluster really gets. [`survey`] is the
+//! first look at all nodes: which have room, and which of those `rank` would look at. The same ledger, request and mix
+//! give the same answer, always.
 
 mod hands;
 mod mix;
