@@ -35,12 +35,14 @@ const API_CRATES: &[&str] = &[
 /// Crates that `plan` may use: data and its notation. None of them reaches a cluster or touches a file, and the one
 /// that could tell the time (jiff) is kept from it by [`IMPURE`]. json-patch is what its tests apply patches with.
 const PLAN_CRATES: &[&str] = &[
+    "foldhash",
     "http",
     "jiff",
     "json_patch",
     "k8s_openapi",
     "serde",
     "serde_json",
+    "smallvec",
     "thiserror",
 ];
 

@@ -2,8 +2,9 @@
 //! packer can look good by a mistake.
 
 use anyhow::ensure;
+use ebb_lab::bench::chance::Chance;
 
-use super::lists::{Arrivals, Chance, Kind, Lists, Machine, WHOLE};
+use super::lists::{Arrivals, Kind, Lists, Machine, WHOLE};
 
 /// A place for a pod: the node's position, and those of the GPUs on it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -4,8 +4,10 @@
 use std::cmp::Reverse;
 use std::collections::HashMap;
 
+use ebb_lab::bench::chance::Chance;
+
 use super::cluster::{Cluster, Packer, Place};
-use super::lists::{Chance, Kind, Lists, Machine, WHOLE};
+use super::lists::{Kind, Lists, Machine, WHOLE};
 
 /// Kinds of pods that make up this part of the list, the most frequent first, are what FGD expects to come.
 const TYPICAL: f64 = 0.95;

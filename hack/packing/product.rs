@@ -14,12 +14,13 @@ use ebb::api::host::Host;
 use ebb::api::packing::Packing;
 use ebb::api::units::{Bytes, GpuId, MilliCpu, NodeName, PodUid};
 use ebb::plan::ledger::{
-    Claim, Entry, Event, GpuFacts, Inventory, Ledger, NeighbourFacts, NodeFacts, NodeState, PodFacts,
+    Claim, Entry, Event, GpuFacts, Images, Inventory, Ledger, NeighbourFacts, NodeFacts, NodeState, PodFacts,
 };
 use ebb::plan::placement::{self, Judge, Mix, Needs, Want};
+use ebb_lab::bench::chance::Chance;
 
 use super::cluster::{Cluster, Packer, Place};
-use super::lists::{Chance, Kind, Lists, Machine, WHOLE};
+use super::lists::{Kind, Lists, Machine, WHOLE};
 
 /// Memory that stands for a thousandth of a GPU: cards are compared by shares in these lists, and all have 16,000 MiB.
 const MILLI: u64 = 16 << 20;
@@ -121,6 +122,7 @@ impl Packer for Ebb {
         let judge = Judge {
             packing: Packing::default(),
             hands: &hands,
+            images: &[],
         };
         let nodes: Vec<&NodeState> = fitting
             .iter()
@@ -208,6 +210,7 @@ fn told(name: &NodeName, machine: &Machine) -> [Event; 2] {
                 memory: Bytes(machine.memory_mib * MIB),
             }),
             labels: Arc::new(BTreeMap::from([(CARD.to_owned(), machine.card.clone())])),
+            images: Images::default(),
         }),
         Event::Inventory(Inventory {
             node: name.clone(),

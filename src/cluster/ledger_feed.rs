@@ -16,7 +16,7 @@ use crate::api::gpu_request::{GpuRequest, GpuRequestError, Sharing, gpu_request}
 use crate::api::units::{Bytes, GpuId, NodeName, PodUid};
 use crate::api::{annotations, host, names};
 use crate::plan::ledger::{
-    Claim, Entry, Event, Fence, GpuFacts, Inventory, Ledger, NeighbourFacts, NodeFacts, PodFacts,
+    Claim, Entry, Event, Fence, GpuFacts, Images, Inventory, Ledger, NeighbourFacts, NodeFacts, PodFacts,
 };
 use crate::plan::placement::{Needs, Want};
 
@@ -305,7 +305,29 @@ pub fn node_facts(node: &Node) -> NodeFacts {
         fence,
         allocatable: allocatable.map(|list| host::of_list(Some(list))),
         labels: Arc::new(node.labels().clone()),
+        images: images(node),
     }
+}
+
+fn images(node: &Node) -> Images {
+    let held = node
+        .status
+        .iter()
+        .filter_map(|status| status.images.as_ref())
+        .flatten();
+    Images::new(held.flat_map(|image| {
+        let size = Bytes(
+            image
+                .size_bytes
+                .and_then(|size| size.try_into().ok())
+                .unwrap_or_default(),
+        );
+        image
+            .names
+            .iter()
+            .flatten()
+            .map(move |name| (name.as_str(), size))
+    }))
 }
 
 /// What the ledger needs of a GpuNode.

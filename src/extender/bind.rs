@@ -264,10 +264,12 @@ fn hold(
     let packing = extender.packing(own, workload_of(pod));
     extender.ledger.update(|ledger| {
         ledger.expire(now_ms);
-        let hands = extender.mix.lock().hands(ledger);
+        let hands = extender.mix.lock().dealt();
         let judge = Judge {
             packing,
             hands: &hands,
+            // Only one node is looked at.
+            images: &[],
         };
         let granted = grant(ledger, &name, uid, request, &want, judge)?;
         let entry = ledger_feed::entry(pod, granted.claim.clone());

@@ -3,9 +3,9 @@
 //!
 //! The life of a pod that asks for GPU memory, by file:
 //!
-//! 1. [`verbs`]: filter names the nodes with room, prioritize the tightest of them. kube-scheduler binds in the
-//!    background, so that the next pod's filter can come before this pod's bind: the likely winner's memory is held in
-//!    the ledger from here on.
+//! 1. [`verbs`]: filter names the nodes with room, of very many the best; prioritize names the tightest of them.
+//!    kube-scheduler binds in the background, so that the next pod's filter can come before this pod's bind: the likely
+//!    winner's memory is held in the ledger from here on.
 //! 2. [`bind`]: the hold becomes a Binding, one write that sets node and GPUs; the watch then turns it into an entry.
 //! 3. [`refused`]: a pod that found no room is tried again when memory frees, by a Node event.
 //!
@@ -15,6 +15,7 @@
 mod bind;
 mod metrics;
 mod refused;
+pub mod registration;
 mod term_mark;
 #[cfg(test)]
 mod tests;
@@ -39,6 +40,7 @@ use kube::api::{ListParams, ObjectMeta, Patch, PatchParams};
 use kube::{Api, Client, ResourceExt};
 use parking_lot::Mutex;
 use serde_json::json;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -48,11 +50,12 @@ use crate::api::{annotations, names};
 use crate::cluster::call::{CallError, limited};
 use crate::cluster::ledger_feed::{self, CDI_PREFIX, SharedLedger, pod_event};
 use crate::cluster::view::View;
-use crate::plan::placement::Mix;
+use crate::plan::placement::{Field, Hands, Mix};
 use crate::serve::forward::Forwarder;
 use crate::serve::lease::Leadership;
 pub use metrics::Metrics;
-use verbs::{Desk, Verb};
+pub use refused::Refused;
+pub use verbs::{Desk, Verb};
 
 /// Largest body taken: 5,000 whole nodes of 3 KiB and a pod of a megabyte fit.
 const MAX_BODY: usize = 16 << 20;
@@ -119,6 +122,8 @@ pub struct Extender {
     bindings: bind::Running,
     /// What the cluster is asked for.
     mix: Mutex<Mix>,
+    /// Raised when the mix is to be dealt anew.
+    deal: Notify,
     /// The term for which the ledger is known to hold all that earlier leaders bound; 0 for none.
     caught_up: AtomicU64,
 }
@@ -140,6 +145,7 @@ impl Extender {
             refused: refused::Refused::default(),
             bindings: bind::Running::default(),
             mix: Mutex::default(),
+            deal: Notify::new(),
             caught_up: AtomicU64::new(0),
         })
     }
@@ -226,6 +232,7 @@ pub async fn lead(extender: Arc<Extender>, stop: CancellationToken) {
         }
         tokio::join!(
             refused::retry(&extender),
+            deal_when_due(&extender),
             wake_scheduler_again(&extender, caught_up)
         );
     };
@@ -263,10 +270,33 @@ async fn catch_up(extender: &Extender, term: u64) -> Result<(), CallError> {
             None => break,
         }
     }
+    deal(extender).await;
     extender.caught_up.store(term, Ordering::Release);
     wake_scheduler(extender, &format!("leader of term {term}")).await?;
     tracing::info!(term, marked, "answering kube-scheduler");
     Ok(())
+}
+
+/// Deals the mix anew whenever enough has changed. With thousands of nodes that takes longer than a pod should wait, so
+/// the pods that come meanwhile are judged by the earlier hands.
+async fn deal_when_due(extender: &Extender) {
+    loop {
+        extender.deal.notified().await;
+        deal(extender).await;
+    }
+}
+
+async fn deal(extender: &Extender) {
+    let Some(requests) = extender.mix.lock().take_due() else {
+        return;
+    };
+    let field = extender.ledger.read(Field::of);
+    match tokio::task::spawn_blocking(move || Hands::deal(requests.iter(), &field)).await {
+        Ok(hands) => extender.mix.lock().put(hands),
+        Err(error) => {
+            tracing::error!(%error, "the mix of requests cannot be dealt; pods are packed by the earlier one")
+        }
+    }
 }
 
 /// Has the scheduler try again what was refused while nobody led. Those pods are known to no one, and any Node event
@@ -325,7 +355,11 @@ async fn decide(extender: &Extender, request: Request, verb: Verb) -> Response {
             packing: &|pod| extender.packing(pod.placement(), pod.workload()),
             now_ms: extender.now_ms(),
         };
-        verb.here(desk, &body)
+        let answer = verb.here(desk, &body);
+        if extender.mix.lock().is_due() {
+            extender.deal.notify_one();
+        }
+        answer
     } else {
         if let Some(answer) = passed_on(extender, head, body.clone()).await {
             return answer;

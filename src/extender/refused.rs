@@ -22,8 +22,9 @@ const GATHER: Duration = Duration::from_millis(50);
 /// Reservations end by time, which nobody tells of.
 const TICK: Duration = Duration::from_secs(1);
 
+/// The pods that found no room, each with what it asks.
 #[derive(Default)]
-pub(super) struct Refused(Mutex<HashMap<PodUid, Waiting>>);
+pub struct Refused(Mutex<HashMap<PodUid, Waiting>>);
 
 struct Waiting {
     namespace: Arc<str>,

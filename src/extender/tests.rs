@@ -11,7 +11,7 @@ use super::*;
 use crate::api::gpu_request::Sharing;
 use crate::api::host::Host;
 use crate::api::units::{Bytes, PodUid};
-use crate::plan::ledger::{Claim, Entry, Event, GpuFacts, Inventory, NodeFacts, PodFacts};
+use crate::plan::ledger::{Claim, Entry, Event, GpuFacts, Images, Inventory, NodeFacts, PodFacts};
 
 const FILTER: &str = include_str!("../../tests/fixtures/kube-scheduler/filter-nodecachecapable.json");
 const FILTER_WHOLE: &str =
@@ -51,6 +51,7 @@ impl Leader {
                 fence: None,
                 allocatable: None,
                 labels: Arc::default(),
+                images: Images::default(),
             }));
             leader.tell(Event::Inventory(Inventory {
                 node: (*name).into(),
@@ -210,6 +211,104 @@ fn prioritize_ranks_the_tightest_first_and_holds_it() {
     assert_eq!(leader.held(&body(PRIORITIZE)).as_deref(), Some("n0001"));
 }
 
+/// A leader of so many nodes in different states, and what the scheduler posts about all of them.
+fn many(nodes: usize, mut body: Value) -> (Leader, Value) {
+    let names: Vec<String> = (0..nodes).map(|number| format!("n{number:04}")).collect();
+    let all: Vec<(&str, u64)> = names.iter().map(|name| (name.as_str(), 80)).collect();
+    let leader = Leader::new(&all);
+    for (number, name) in names.iter().enumerate() {
+        leader.tell(bind_on(name, &format!("on-{name}"), 1 + number as u64 * 7 % 61));
+    }
+    // Heard of some pods, so that it packs by what is asked.
+    for pod in 0..32 {
+        body["Pod"]["metadata"]["uid"] = json!(format!("earlier-{pod}"));
+        let mut few = body.clone();
+        few["NodeNames"] = json!([]);
+        leader.answer(Verb::Filter, &few);
+    }
+    leader.ledger.read(|ledger| drop(leader.mix.lock().hands(ledger)));
+    body["Pod"]["metadata"]["uid"] = json!("asker");
+    body["NodeNames"] = json!(names);
+    (leader, body)
+}
+
+fn winner(scores: &Value) -> &Value {
+    let best = scores
+        .as_array()
+        .unwrap()
+        .iter()
+        .max_by_key(|line| line["Score"].as_u64());
+    &best.unwrap()["Host"]
+}
+
+#[test]
+fn of_very_many_nodes_filter_names_the_best_and_prioritize_finds_the_same_one() {
+    let (leader, body) = many(300, body(FILTER));
+    let passed = leader.answer(Verb::Filter, &body);
+    let names = passed["NodeNames"].as_array().unwrap();
+    assert_eq!(names.len(), 100);
+    assert_eq!(passed["FailedNodes"], json!({}));
+    let all = leader.answer(Verb::Prioritize, &body);
+    let mut few = body.clone();
+    few["NodeNames"] = json!(names);
+    let few = leader.answer(Verb::Prioritize, &few);
+    assert_eq!(winner(&few), winner(&all));
+}
+
+#[test]
+fn a_pod_that_comes_again_is_told_of_all_nodes() {
+    // Somebody after us took none of the best: another extender, or the bind failed.
+    let (leader, body) = many(300, body(FILTER));
+    leader.answer(Verb::Filter, &body);
+    let again = leader.answer(Verb::Filter, &body);
+    assert_eq!(again["NodeNames"].as_array().unwrap().len(), 300);
+}
+
+#[test]
+fn a_pod_with_preferences_of_its_own_is_left_the_choice() {
+    for wish in [
+        json!({"affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 1}]}}}),
+        json!({"affinity": {"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 1}]}}}),
+        json!({"topologySpreadConstraints": [{"whenUnsatisfiable": "ScheduleAnyway"}]}),
+    ] {
+        let (leader, mut body) = many(300, body(FILTER));
+        let spec = body["Pod"]["spec"].as_object_mut().unwrap();
+        spec.extend(wish.as_object().unwrap().clone());
+        let passed = leader.answer(Verb::Filter, &body);
+        assert_eq!(passed["NodeNames"].as_array().unwrap().len(), 300, "{wish}");
+        let scores = leader.answer(Verb::Prioritize, &body);
+        let best = scores
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|line| line["Score"] == 10);
+        // 300 nodes in 61 states: the others in the best one's state are as good.
+        assert!(best.count() >= 4, "{wish}");
+    }
+    let (leader, body) = many(300, body(FILTER));
+    let scores = leader.answer(Verb::Prioritize, &body);
+    let best = scores
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|line| line["Score"] == 10);
+    assert_eq!(best.count(), 1);
+}
+
+#[test]
+fn of_equal_nodes_the_one_that_holds_the_image_is_held() {
+    let leader = Leader::new(&[("n0000", 24), ("n0001", 24), ("n0002", 24)]);
+    leader.tell(Event::Node(NodeFacts {
+        name: "n0001".into(),
+        fence: None,
+        allocatable: None,
+        labels: Arc::default(),
+        images: Images::new([("example.invalid/pause:1", Bytes(1))].into_iter()),
+    }));
+    leader.answer(Verb::Prioritize, &body(PRIORITIZE));
+    assert_eq!(leader.held(&body(PRIORITIZE)).as_deref(), Some("n0001"));
+}
+
 #[test]
 fn prioritize_spreads_where_the_pod_says_so() {
     let leader = Leader::new(&[("n0000", 40), ("n0001", 40), ("n0002", 24)]);
@@ -241,6 +340,7 @@ fn a_pod_without_gpu_memory_is_kept_off_gpus() {
         fence: None,
         allocatable: None,
         labels: Arc::default(),
+        images: Images::default(),
     }));
     let result = leader.answer(Verb::Prioritize, &pod);
     assert_eq!(result[1]["Score"], 10, "{result}");

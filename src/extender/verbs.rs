@@ -2,38 +2,45 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
 
 use super::refused::Refused;
-use super::wire::{self, Candidates};
+use super::wire::{self, Candidates, Failed};
 use crate::api::gpu_request::GpuRequest;
 use crate::api::packing::Packing;
 use crate::api::units::PodUid;
 use crate::cluster::ledger_feed::SharedLedger;
-use crate::plan::ledger::{Claim, Entry, Ledger, NodeState, Shut, Stage};
-use crate::plan::placement::{self, Choice, Judge, Mix, NodeRefusal, Reasons, Want};
+use crate::plan::ledger::{Claim, Entry, NodeState, Shut, Stage};
+use crate::plan::placement::{self, Choice, Judge, Mix, NodeRefusal, Reasons, Survey, Want};
 
 /// A winner's reservation stands this long without a bind; the scheduler's own bind comes within milliseconds, after
 /// minutes at most where a volume has to be made first, and then bind looks for room again.
 const RESERVED: Duration = Duration::from_secs(10);
+/// So many nodes are enough to choose from: see [`Outcome::Best`].
+const ENOUGH: usize = 100;
 /// What every node is refused with while nobody leads.
 pub(super) const NO_LEADER: &str =
     "Ebb's controller is choosing a new leader; the pod is tried again as soon as there is one";
 
 /// An answer's bytes, or why the body is no request.
-pub(super) type Answer = serde_json::Result<Vec<u8>>;
+pub type Answer = serde_json::Result<Vec<u8>>;
 
 /// What the answers are made from.
 #[derive(Clone, Copy)]
-pub(super) struct Desk<'a> {
-    pub(super) ledger: &'a SharedLedger,
-    pub(super) refused: &'a Refused,
-    pub(super) mix: &'a Mutex<Mix>,
+pub struct Desk<'a> {
+    /// Who has how much of which GPU.
+    pub ledger: &'a SharedLedger,
+    /// Pods that found no room.
+    pub refused: &'a Refused,
+    /// What the cluster is asked for.
+    pub mix: &'a Mutex<Mix>,
     /// How a pod is to be placed.
-    pub(super) packing: &'a dyn Fn(&wire::Pod<'_>) -> Packing,
-    pub(super) now_ms: u64,
+    pub packing: &'a dyn Fn(&wire::Pod<'_>) -> Packing,
+    /// Now, by the ledger's clock.
+    pub now_ms: u64,
 }
 
 impl Desk<'_> {
@@ -46,15 +53,21 @@ impl Desk<'_> {
 
 /// The verbs that only ask the ledger.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Verb {
+pub enum Verb {
+    /// Which nodes have room.
     Filter,
+    /// Which of them is best.
     Prioritize,
+    /// On which of them evicting would make room.
     Preempt,
 }
 
 impl Verb {
     /// The answer of a replica that leads.
-    pub(super) fn here(self, desk: Desk<'_>, body: &[u8]) -> Answer {
+    ///
+    /// # Errors
+    /// When the body is no such request.
+    pub fn here(self, desk: Desk<'_>, body: &[u8]) -> Answer {
         match self {
             Verb::Filter => filter(desk, body),
             Verb::Prioritize => prioritize(desk, body),
@@ -70,11 +83,9 @@ impl Verb {
                 let (_, candidates) = serde_json::from_slice::<wire::Args>(body)?.split()?;
                 let nobody = |_: usize| false;
                 let mut result = passing(&candidates, nobody);
-                result.failed_nodes = candidates
-                    .names
-                    .into_iter()
-                    .map(|name| (name, NO_LEADER.to_owned()))
-                    .collect();
+                let text: Arc<str> = NO_LEADER.into();
+                let names = candidates.names.into_iter();
+                result.failed_nodes = Failed(names.map(|name| (name, text.clone())).collect());
                 serde_json::to_vec(&result)
             }
             Verb::Prioritize => {
@@ -105,52 +116,100 @@ fn filter(desk: Desk<'_>, body: &[u8]) -> Answer {
     };
     let uid = PodUid::from(pod.uid());
     let want = pod.want(Some(request.clone()));
-    let packing = (desk.packing)(&pod);
-    desk.mix.lock().observe(&uid, &want);
+    let (hands, known) = {
+        let mut mix = desk.mix.lock();
+        let new = mix.observe(&uid, &want);
+        (mix.dealt(), !new)
+    };
+    let judge = Judge {
+        packing: (desk.packing)(&pod),
+        hands: &hands,
+        images: &pod.images(),
+    };
     // One lock for the answer and what it reserves, so that nobody comes between.
-    let (fits, freed) = desk.ledger.update(|ledger| {
+    let (outcome, freed) = desk.ledger.update(|ledger| {
         ledger.expire(desk.now_ms);
-        let fits: Vec<Result<Choice, NodeRefusal>> = candidates
-            .names
-            .iter()
-            .map(|name| fit(ledger, name, &request, &uid))
-            .collect();
+        let names = candidates.names.iter().map(|name| &**name);
+        let survey = placement::survey(ledger, names, &want, &uid, judge);
+        let outcome = if survey.fitting() > ENOUGH && !known && !pod.prefers() {
+            Outcome::Best(survey.best(ENOUGH))
+        } else {
+            Outcome::all(&survey, &request, &uid)
+        };
         // The scheduler asks nobody to prioritize a single node.
-        let mut fitting = (0..fits.len()).filter(|index| fits[*index].is_ok());
-        if let (Some(only), None) = (fitting.next(), fitting.next())
-            && let Some(node) = ledger.node(&candidates.names[only])
-            && let hands = desk.mix.lock().hands(ledger)
-            && let judge = (Judge {
-                packing,
-                hands: &hands,
-            })
-            && let Ok(choice) = placement::place(node, &want, Some(&uid), judge)
-        {
-            let node = node.name().clone();
+        let only = survey.only().and_then(|node| {
+            let choice = placement::place(node, &want, Some(&uid), judge).ok()?;
+            Some((node.name().clone(), choice))
+        });
+        if let Some((node, choice)) = only {
             ledger.hold(&node, entry(&pod, &uid, &want, &request, choice), desk.reserved());
         }
-        (fits, ledger.freed())
+        (outcome, ledger.freed())
     });
-    let mut result = passing(&candidates, |index| fits[index].is_ok());
-    if fits.iter().any(Result::is_ok) {
+    if outcome.fits_anywhere() {
         desk.refused.forget(&uid);
     } else {
         desk.refused.remember(&uid, &pod, &request, freed);
     }
-    let mut reasons = Reasons::default();
-    for refusal in fits.iter().filter_map(|fit| fit.as_ref().err()) {
-        reasons.see(refusal);
-    }
-    for (name, fit) in candidates.names.into_iter().zip(&fits) {
-        let Err(refusal) = fit else { continue };
-        let list = if refusal.evicting_could_help() {
-            &mut result.failed_nodes
-        } else {
-            &mut result.failed_and_unresolvable_nodes
+    outcome.answer(candidates)
+}
+
+/// Which nodes pass.
+enum Outcome {
+    /// The best, by position; nothing is said of the others, since kube-scheduler asks nothing of them. At least as many
+    /// as it would look at if it had to choose by itself (`minFeasibleNodesToFind`), so that other extenders have a
+    /// choice too. Should they leave none, the pod comes back and is known then.
+    Best(Vec<usize>),
+    /// All that have room, and why the others have none.
+    All(Vec<Result<(), NodeRefusal>>),
+}
+
+impl Outcome {
+    fn all(survey: &Survey<'_>, request: &GpuRequest, asker: &PodUid) -> Outcome {
+        let why = |node: Option<&NodeState>| match node {
+            Some(node) => placement::fit(node, request, Some(asker)).map(drop),
+            // The scheduler may know a Node that our own watch has not brought yet.
+            None => Err(NodeRefusal::Shut(Shut::NoInventory)),
         };
-        list.insert(name, reasons.text(refusal));
+        let nodes = survey.nodes.iter().zip(&survey.fits);
+        Outcome::All(
+            nodes
+                .map(|(node, fits)| if *fits { Ok(()) } else { why(*node) })
+                .collect(),
+        )
     }
-    serde_json::to_vec(&result)
+
+    fn fits_anywhere(&self) -> bool {
+        match self {
+            Outcome::Best(best) => !best.is_empty(),
+            Outcome::All(fits) => fits.iter().any(Result::is_ok),
+        }
+    }
+
+    fn answer(self, mut candidates: Candidates<'_>) -> Answer {
+        let fits = match self {
+            Outcome::Best(best) => {
+                candidates.keep(&best);
+                return serde_json::to_vec(&passing(&candidates, |_| true));
+            }
+            Outcome::All(fits) => fits,
+        };
+        let mut result = passing(&candidates, |index| fits[index].is_ok());
+        let mut reasons = Reasons::default();
+        for refusal in fits.iter().filter_map(|fit| fit.as_ref().err()) {
+            reasons.see(refusal);
+        }
+        for (name, fit) in candidates.names.into_iter().zip(&fits) {
+            let Err(refusal) = fit else { continue };
+            let list = if refusal.evicting_could_help() {
+                &mut result.failed_nodes
+            } else {
+                &mut result.failed_and_unresolvable_nodes
+            };
+            list.0.push((name, reasons.text(refusal)));
+        }
+        serde_json::to_vec(&result)
+    }
 }
 
 fn prioritize(desk: Desk<'_>, body: &[u8]) -> Answer {
@@ -160,21 +219,27 @@ fn prioritize(desk: Desk<'_>, body: &[u8]) -> Answer {
     };
     let uid = PodUid::from(pod.uid());
     let want = pod.want(request.clone());
-    let packing = (desk.packing)(&pod);
+    let hands = desk.mix.lock().dealt();
+    let judge = Judge {
+        packing: (desk.packing)(&pod),
+        hands: &hands,
+        images: &pod.images(),
+    };
     let scores = desk.ledger.update(|ledger| {
-        let hands = desk.mix.lock().hands(ledger);
-        let judge = Judge {
-            packing,
-            hands: &hands,
-        };
+        let names = candidates.names.iter().map(|name| &**name);
         let known: Vec<(usize, &NodeState)> = (0..)
-            .zip(&candidates.names)
-            .filter_map(|(position, name)| Some((position, ledger.node(name)?)))
+            .zip(ledger.find(names))
+            .filter_map(|(position, node)| Some((position, node?.1)))
             .collect();
         let nodes = || known.iter().map(|(_, node)| *node);
         let ranking = placement::rank(nodes(), &want, Some(&uid), judge);
+        let of_known = if pod.prefers() {
+            ranking.scores_of_equals()
+        } else {
+            ranking.scores()
+        };
         let mut scores = vec![0; candidates.names.len()];
-        for ((position, _), score) in known.iter().zip(ranking.scores()) {
+        for ((position, _), score) in known.iter().zip(of_known) {
             scores[*position] = score;
         }
         let Some(request) = &request else {
@@ -226,14 +291,6 @@ fn preempt(desk: Desk<'_>, body: &[u8]) -> Answer {
     serde_json::to_vec(&wire::PreemptResult {
         node_name_to_meta_victims: victims,
     })
-}
-
-fn fit(ledger: &Ledger, name: &str, request: &GpuRequest, asker: &PodUid) -> Result<Choice, NodeRefusal> {
-    match ledger.node(name) {
-        Some(node) => placement::fit(node, request, Some(asker)),
-        // The scheduler may know a Node that our own watch has not brought yet.
-        None => Err(NodeRefusal::Shut(Shut::NoInventory)),
-    }
 }
 
 fn entry(pod: &wire::Pod<'_>, uid: &PodUid, want: &Want, request: &GpuRequest, choice: Choice) -> Entry {

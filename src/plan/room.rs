@@ -5,7 +5,7 @@ use crate::api::gpu_request::{GpuRequest, Sharing};
 use crate::api::units::Bytes;
 
 /// What one GPU has left.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GpuRoom {
     /// Memory that pods can have when nothing is on it.
     pub usable: Bytes,

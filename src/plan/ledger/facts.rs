@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
+use super::images::Images;
 use crate::api::gpu_request::{GpuRequest, Sharing};
 use crate::api::host::Host;
 use crate::api::units::{Bytes, GpuId, NodeName, PodUid};
@@ -60,6 +61,8 @@ pub struct NodeFacts {
     pub allocatable: Option<Host>,
     /// Its labels.
     pub labels: Arc<Labels>,
+    /// The images that it holds.
+    pub images: Images,
 }
 
 /// The GPUs of a node.

@@ -11,7 +11,10 @@
 
 mod facts;
 mod holds;
+mod images;
 mod node;
+mod nodes;
+mod row;
 #[cfg(test)]
 mod tests;
 
@@ -22,7 +25,9 @@ pub use facts::{
     Claim, Entry, Event, Fence, GpuFacts, Inventory, NeighbourFacts, NodeFacts, NodeShape, PodFacts,
 };
 pub use holds::{Hold, Stage};
+pub use images::{Image, Images};
 pub use node::{GpuState, NodeState, Shut};
+pub use row::{Figures, Make, Row};
 
 use crate::api::units::{NodeName, PodUid};
 
@@ -32,7 +37,7 @@ const REMEMBERED_GONE: usize = 4096;
 /// All nodes with their GPUs and everyone on them.
 #[derive(Clone, Debug, Default)]
 pub struct Ledger {
-    nodes: HashMap<NodeName, NodeState>,
+    nodes: nodes::Nodes,
     bound: HashMap<PodUid, NodeName>,
     neighbours: HashMap<PodUid, NodeName>,
     holds: HashMap<PodUid, Hold>,
@@ -60,12 +65,14 @@ impl Ledger {
                 node.fence = facts.fence;
                 node.allocatable = facts.allocatable;
                 node.labels = facts.labels;
+                node.images = facts.images;
             }),
             Event::NodeGone(name) => self.change(&name, |node| {
                 node.exists = false;
                 node.fence = None;
                 node.allocatable = None;
                 node.labels = Arc::default();
+                node.images = Images::default();
             }),
             Event::Inventory(inventory) => {
                 self.change(&inventory.node.clone(), |node| {
@@ -156,16 +163,12 @@ impl Ledger {
     }
 
     fn change(&mut self, name: &NodeName, change: impl FnOnce(&mut NodeState)) {
-        let node = self
-            .nodes
-            .entry(name.clone())
-            .or_insert_with(|| NodeState::new(name.clone()));
-        let was_open = node.shut().is_none();
-        change(node);
-        let freed = node.refresh(was_open);
-        if node.blank() {
-            self.nodes.remove(name);
-        }
+        let new = || NodeState::new(name.clone());
+        let freed = self.nodes.change(name, new, |node| {
+            let was_open = node.shut().is_none();
+            change(node);
+            node.refresh(was_open)
+        });
         if freed {
             self.freed += 1;
         }
@@ -175,6 +178,15 @@ impl Ledger {
     #[must_use]
     pub fn node(&self, name: &str) -> Option<&NodeState> {
         self.nodes.get(name)
+    }
+
+    /// The node of each name, where it is known: its row and its page.
+    #[must_use]
+    pub fn find<'n, 'a>(
+        &'n self,
+        names: impl Iterator<Item = &'a str>,
+    ) -> Vec<Option<(&'n Row, &'n NodeState)>> {
+        self.nodes.find(names)
     }
 
     /// All nodes, in no particular order.

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::facts::{Entry, Fence, Inventory, NodeShape};
+use super::images::Images;
+use super::row::Row;
 use crate::api::gpu_request::Sharing;
 use crate::api::host::Host;
 use crate::api::units::{Bytes, GpuId, NodeName, PodUid};
@@ -30,6 +32,7 @@ pub struct NodeState {
     pub(super) fence: Option<Fence>,
     pub(super) allocatable: Option<Host>,
     pub(super) labels: Arc<Labels>,
+    pub(super) images: Images,
     pub(super) inventory: Option<Inventory>,
     pub(super) pods: BTreeMap<PodUid, Entry>,
     pub(super) holds: BTreeMap<PodUid, Entry>,
@@ -39,6 +42,7 @@ pub struct NodeState {
     pub(super) neighbours: BTreeMap<PodUid, Host>,
     gpus: Vec<GpuState>,
     host: Host,
+    row: Row,
 }
 
 /// One GPU with what is free on it now.
@@ -70,6 +74,7 @@ impl NodeState {
             fence: None,
             allocatable: None,
             labels: Arc::default(),
+            images: Images::default(),
             inventory: None,
             pods: BTreeMap::new(),
             holds: BTreeMap::new(),
@@ -77,6 +82,7 @@ impl NodeState {
             neighbours: BTreeMap::new(),
             gpus: Vec::new(),
             host: Host::UNLIMITED,
+            row: Row::default(),
         }
     }
 
@@ -94,8 +100,20 @@ impl NodeState {
 
     /// Its labels.
     #[must_use]
-    pub fn labels(&self) -> &Labels {
+    pub fn labels(&self) -> &Arc<Labels> {
         &self.labels
+    }
+
+    /// The images that it holds.
+    #[must_use]
+    pub fn images(&self) -> &Images {
+        &self.images
+    }
+
+    /// Its figures in a row.
+    #[must_use]
+    pub fn row(&self) -> &Row {
+        &self.row
     }
 
     /// CPU and memory that it has for pods, where it says so.
@@ -178,6 +196,13 @@ impl NodeState {
                 .map(|gpu| gpu.usable)
                 .collect(),
         )
+    }
+
+    /// Whether this is its shape.
+    #[must_use]
+    pub fn has_shape(&self, shape: &NodeShape) -> bool {
+        let working = self.gpus.iter().filter(|gpu| gpu.closed.is_none());
+        working.map(|gpu| gpu.usable).eq(shape.0.iter().copied())
     }
 
     /// Bytes that are free on all its GPUs together.
@@ -274,6 +299,7 @@ impl NodeState {
                 .any(|gpu| !was_open || room(gpu) > before(&gpu.id).unwrap_or_default());
         self.gpus = gpus;
         self.host = self.host_without(&|_| false);
+        self.row = Row::with(self, &self.gpus, self.host);
         freed
     }
 

@@ -51,6 +51,7 @@ fn node_event() -> impl Strategy<Value = Event> {
             fence,
             allocatable: Some(CAPACITY),
             labels: Arc::default(),
+            images: Images::default(),
         })
     })
 }
@@ -295,6 +296,12 @@ proptest! {
         for inventory in objects.inventories.values() {
             ledger.apply(inventory.clone());
         }
+        // The rows say what the pages say, wherever a page was moved to.
+        for node in ledger.nodes() {
+            let found = ledger.find([node.name().as_str(), "nobody"].into_iter());
+            prop_assert_eq!(&found, &[Some((node.row(), node)), None]);
+            prop_assert_eq!(node.row(), &Row::with(node, node.gpus(), node.host()));
+        }
         let fresh = Ledger::rebuild(objects.events(pods_first));
         prop_assert_eq!(&ledger.nodes, &fresh.nodes);
         prop_assert_eq!(&ledger.bound, &fresh.bound);
@@ -359,6 +366,7 @@ fn one_gpu(used: Option<u64>) -> Ledger {
             fence: None,
             allocatable: None,
             labels: Arc::default(),
+            images: Images::default(),
         }),
         inventory(used),
     ])

@@ -5,10 +5,11 @@
 //! labels: what more is asked for than is there must not be given to those who could go elsewhere.
 
 use std::collections::HashMap;
+use std::sync::{Arc, MutexGuard};
 
 use super::fits_empty;
 use super::mix::{Needs, Want};
-use super::outlook::{NodeRoom, of_use};
+use super::outlook::{Counted, Memory, NodeRoom, of_use};
 use crate::api::gpu_request::GpuRequest;
 use crate::api::host::Host;
 use crate::api::units::Bytes;
@@ -37,6 +38,7 @@ pub struct Hands {
     needs: Vec<(Needs, u64)>,
     mean: Bytes,
     smallest: Bytes,
+    memory: Memory,
 }
 
 /// One request that may come.
@@ -51,18 +53,11 @@ pub(super) struct Card {
 }
 
 impl Hands {
-    /// Deals the requests. The same requests in the same order and the same ledger give the same hands.
+    /// Deals the requests. The same requests in the same order and the same field give the same hands.
     #[must_use]
-    pub fn deal<'a>(requests: impl Iterator<Item = &'a Want>, ledger: &Ledger) -> Hands {
-        let mut shapes: Vec<NodeShape> = Vec::new();
-        for node in ledger.nodes() {
-            let shape = node.shape();
-            if !shapes.contains(&shape) {
-                shapes.push(shape);
-            }
-        }
+    pub fn deal<'a>(requests: impl Iterator<Item = &'a Want>, field: &Field) -> Hands {
         // What no node could ever take would make everything else look small.
-        let possible = |gpus: &GpuRequest| shapes.iter().any(|shape| fits_empty(shape, gpus));
+        let possible = |gpus: &GpuRequest| field.shapes.iter().any(|shape| fits_empty(shape, gpus));
         let mut needs: Vec<Needs> = Vec::new();
         let mut cards: Vec<Card> = requests
             .filter_map(|want| {
@@ -93,7 +88,7 @@ impl Hands {
         let asked: u128 = kinds.iter().map(|(_, asked)| asked).sum();
         let mean = asked / cards.len() as u128;
         let smallest = cards.iter().map(|card| card.gpus.bytes_per_gpu).min();
-        let supply = Supply::count(&kinds, &needs, ledger);
+        let supply = Supply::count(&kinds, &needs, field);
         let needs = supply.press(needs, &kinds);
         let kinds = supply.weigh(kinds);
         shuffle(&mut cards);
@@ -107,7 +102,13 @@ impl Hands {
             needs,
             mean: Bytes(u64::try_from(mean).unwrap_or(u64::MAX)),
             smallest: smallest.unwrap_or_default(),
+            memory: Memory::default(),
         }
+    }
+
+    /// What has been counted with these hands.
+    pub(super) fn counted(&self) -> MutexGuard<'_, Counted> {
+        self.memory.open()
     }
 
     /// Whether nothing was ever asked.
@@ -159,6 +160,45 @@ impl Hands {
     }
 }
 
+/// What is free, as far as it matters for the deal. It is read at once and dealt on at leisure: with thousands of nodes
+/// that takes longer than a pod should wait.
+#[derive(Clone, Debug, Default)]
+pub struct Field {
+    /// Every different shape of node.
+    shapes: Vec<NodeShape>,
+    /// The nodes that take new pods.
+    plots: Vec<Plot>,
+}
+
+#[derive(Clone, Debug)]
+struct Plot {
+    host: Host,
+    gpus: Vec<GpuRoom>,
+    labels: Arc<Labels>,
+}
+
+impl Field {
+    /// What is free by this ledger.
+    #[must_use]
+    pub fn of(ledger: &Ledger) -> Field {
+        let mut field = Field::default();
+        for node in ledger.nodes() {
+            if !field.shapes.iter().any(|known| node.has_shape(known)) {
+                field.shapes.push(node.shape());
+            }
+            if node.row().open {
+                let working = node.gpus().iter().filter(|gpu| gpu.closed.is_none());
+                field.plots.push(Plot {
+                    host: node.host(),
+                    gpus: working.map(GpuRoom::from).collect(),
+                    labels: node.labels().clone(),
+                });
+            }
+        }
+        field
+    }
+}
+
 /// Bytes that a request asks on all its GPUs together.
 pub(super) fn total(request: &GpuRequest) -> u128 {
     u128::from(request.bytes_per_gpu.0) * u128::from(request.gpus.get())
@@ -172,18 +212,17 @@ struct Supply {
 }
 
 impl Supply {
-    fn count(kinds: &[(Card, u128)], needs: &[Needs], ledger: &Ledger) -> Supply {
+    fn count(kinds: &[(Card, u128)], needs: &[Needs], field: &Field) -> Supply {
         let mut supply = Supply {
             free: 0,
             for_kind: vec![0; kinds.len()],
             for_needs: vec![0; needs.len()],
         };
-        for node in ledger.nodes().filter(|node| node.shut().is_none()) {
-            let working = node.gpus().iter().filter(|gpu| gpu.closed.is_none());
+        for plot in &field.plots {
             let room = NodeRoom {
-                host: node.host(),
-                gpus: working.map(GpuRoom::from).collect(),
-                meets: needs.iter().map(|needs| needs.met_by(node.labels())).collect(),
+                host: plot.host,
+                gpus: plot.gpus.clone(),
+                meets: needs.iter().map(|needs| needs.met_by(&plot.labels)).collect(),
             };
             let free = u128::from(room.free().0);
             supply.free += free;

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
 
-use super::hands::Hands;
+use super::hands::{Field, Hands};
 use crate::api::gpu_request::GpuRequest;
 use crate::api::host::Host;
 use crate::api::units::PodUid;
@@ -73,10 +73,10 @@ pub struct Mix {
 }
 
 impl Mix {
-    /// Remembers what a pod asks, once however often it is tried.
-    pub fn observe(&mut self, pod: &PodUid, want: &Want) {
+    /// Remembers what a pod asks, once however often it is tried. Says whether it is new.
+    pub fn observe(&mut self, pod: &PodUid, want: &Want) -> bool {
         if want.gpus.is_none() || !self.known.insert(pod.clone()) {
-            return;
+            return false;
         }
         if self.recent.len() == REMEMBERED
             && let Some((oldest, _)) = self.recent.pop_front()
@@ -89,15 +89,39 @@ impl Mix {
         if self.seen.is_power_of_two() || self.seen < OFTEN || self.seen.is_multiple_of(REMEMBERED / 4) {
             self.due = true;
         }
+        true
     }
 
     /// The futures, dealt anew where enough has changed.
     #[must_use]
     pub fn hands(&mut self, ledger: &Ledger) -> Arc<Hands> {
-        if std::mem::take(&mut self.due) {
-            let requests = self.recent.iter().map(|(_, want)| want);
-            self.dealt = Arc::new(Hands::deal(requests, ledger));
+        if let Some(requests) = self.take_due() {
+            self.put(Hands::deal(requests.iter(), &Field::of(ledger)));
         }
+        self.dealt()
+    }
+
+    /// The futures as they were dealt last.
+    #[must_use]
+    pub fn dealt(&self) -> Arc<Hands> {
         self.dealt.clone()
+    }
+
+    /// Whether enough has changed since.
+    #[must_use]
+    pub fn is_due(&self) -> bool {
+        self.due
+    }
+
+    /// The requests to deal anew, where enough has changed; [`Self::put`] takes what they were dealt to.
+    #[must_use]
+    pub fn take_due(&mut self) -> Option<Vec<Want>> {
+        let due = std::mem::take(&mut self.due);
+        due.then(|| self.recent.iter().map(|(_, want)| want.clone()).collect())
+    }
+
+    /// From now on these are the futures.
+    pub fn put(&mut self, hands: Hands) {
+        self.dealt = Arc::new(hands);
     }
 }

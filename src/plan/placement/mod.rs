@@ -1,25 +1,28 @@
 //! Where a request fits: per node the GPUs it would get, or why it does not fit; among nodes, which one to prefer.
 //!
 //! [`fit`] and its like ask for room and nothing else. [`rank`] and [`place`] choose among the places that have room, by
-//! what a [`Judge`] is told: the way to pack, and the [`Mix`] of requests that the cluster really gets. The same ledger,
-//! request and mix give the same answer, always.
+//! what a [`Judge`] is told: the way to pack, and the [`Mix`] of requests that the cluster really gets. [`survey`] is the
+//! first look at all nodes: which have room, and which of those `rank` would look at. The same ledger, request and mix
+//! give the same answer, always.
 
 mod hands;
 mod mix;
 mod outlook;
 mod rank;
 mod refusal;
+mod shortlist;
 #[cfg(test)]
 mod tests;
 
 use std::cmp::Reverse;
 
-pub use hands::Hands;
+pub use hands::{Field, Hands};
 pub use mix::{Mix, Needs, REMEMBERED, Want};
 pub use rank::{Judge, Ranking, place, rank};
 pub use refusal::{Miss, NodeRefusal, Reasons, Refusal};
+pub use shortlist::{Survey, survey};
 
-use super::ledger::{GpuState, Ledger, NodeShape, NodeState};
+use super::ledger::{Figures, GpuState, Ledger, NodeShape, NodeState, Row};
 use super::room::GpuRoom;
 use crate::api::gpu_request::{GpuRequest, Sharing};
 use crate::api::units::{Bytes, GpuId, NodeName, PodUid};
@@ -80,10 +83,12 @@ pub fn somewhere(ledger: &Ledger, request: &GpuRequest) -> Result<NodeName, Refu
     let mut refusal = Refusal::new(request);
     let mut first: Option<&NodeName> = None;
     for node in ledger.nodes() {
-        match fit(node, request, None) {
-            Err(reason) => refusal.add(node.name(), reason),
-            Ok(_) if first.is_none_or(|known| node.name() < known) => first = Some(node.name()),
-            Ok(_) => {}
+        if fits(node.row(), request) {
+            if first.is_none_or(|known| node.name() < known) {
+                first = Some(node.name());
+            }
+        } else if let Err(reason) = fit(node, request, None) {
+            refusal.add(node.name(), reason);
         }
     }
     first.cloned().ok_or(refusal)
@@ -94,7 +99,7 @@ pub fn somewhere(ledger: &Ledger, request: &GpuRequest) -> Result<NodeName, Refu
 /// # Errors
 /// Why it does not, with counts and the nearest miss.
 pub fn fits_anywhere(ledger: &Ledger, request: &GpuRequest) -> Result<(), Refusal> {
-    if ledger.nodes().any(|node| fit(node, request, None).is_ok()) {
+    if ledger.nodes().any(|node| fits(node.row(), request)) {
         return Ok(());
     }
     somewhere(ledger, request).map(|_| ())
@@ -119,18 +124,35 @@ fn count(request: &GpuRequest) -> usize {
     usize::try_from(request.gpus.get()).unwrap_or(usize::MAX)
 }
 
+/// Whether a pod that does not have anything there yet has room.
+fn fits(row: &Row, request: &GpuRequest) -> bool {
+    row.open && row.gpus.iter().filter(|gpu| offers(gpu, request)).count() >= count(request)
+}
+
 fn takes(gpu: &GpuState, request: &GpuRequest) -> bool {
-    gpu.closed.is_none()
-        && gpu.free >= request.bytes_per_gpu
-        && (request.sharing == Sharing::Shared || gpu.tenants == 0)
+    offers(&Figures::from(gpu), request)
+}
+
+fn offers(gpu: &Figures, request: &GpuRequest) -> bool {
+    gpu.open && gpu.free >= request.bytes_per_gpu && (request.sharing == Sharing::Shared || gpu.empty)
+}
+
+/// What is left beside the request on one GPU. The rest of a whole card is lost to others: the smallest card that does
+/// is best.
+fn beside(free: Bytes, usable: Bytes, request: &GpuRequest) -> Bytes {
+    match request.sharing {
+        Sharing::Shared => free.saturating_sub(request.bytes_per_gpu),
+        Sharing::Exclusive => usable.saturating_sub(request.bytes_per_gpu),
+    }
 }
 
 fn choose(node: &NodeState, gpus: &[GpuState], request: &GpuRequest) -> Result<Choice, NodeRefusal> {
     let asked = count(request);
-    let mut fitting: Vec<&GpuState> = gpus.iter().filter(|gpu| takes(gpu, request)).collect();
-    if fitting.len() < asked {
+    let fitting = || gpus.iter().filter(|gpu| takes(gpu, request));
+    if fitting().count() < asked {
         return Err(refusal::why(node, gpus, request));
     }
+    let mut fitting: Vec<&GpuState> = fitting().collect();
     // A stable sort: GPUs of equal room stay in the order of their indices.
     fitting.sort_by_key(|gpu| gpu.free);
     fitting.truncate(asked);

@@ -1,35 +1,31 @@
 //! Which node, and which of its GPUs, a pod is best put on.
 //!
-//! - *fragmentation*: the place whose gradient is the smallest ([`super::outlook`]). Only the tightest places are looked
-//!   at, some different ones of each make of node: equal nodes are one, and the rest is never far better.
+//! - *fragmentation*: the place whose gradient is the smallest ([`super::outlook`]) among those on the
+//!   [`super::shortlist`].
 //! - *best fit*: the tightest place on a node in use.
 //! - *spread*: the most room.
 //!
-//! Ties go to a node in use, the tightest GPUs, the fullest node, the first by name. The same nodes, request and hands
-//! give the same answer, in whatever order the nodes come.
+//! Ties go to a node in use, the tightest GPUs, the fullest node, the one that holds the most of the pod's images, the
+//! first by name. The same nodes, request and hands give the same answer, in whatever order the nodes come.
 
 #[cfg(test)]
 #[path = "rank_tests.rs"]
-mod tests;
+pub(super) mod tests;
 
 use std::cmp::Reverse;
 
 use super::hands::{Hands, PARTS, total};
 use super::mix::Want;
-use super::outlook::{NodeRoom, waste};
-use super::{Choice, MAX_SCORE, NodeRefusal, open, refusal};
-use crate::api::gpu_request::{GpuRequest, Sharing};
+use super::outlook::{Counted, NodeRoom};
+use super::shortlist::{Listed, Seen, Shortlist, Warm};
+use super::{Choice, MAX_SCORE, NodeRefusal, beside, open, refusal};
+use crate::api::gpu_request::Sharing;
 use crate::api::host::Host;
 use crate::api::packing::Packing;
 use crate::api::units::{Bytes, NodeName, PodUid};
-use crate::plan::ledger::{GpuState, NodeState};
-use crate::plan::room::{self, GpuRoom, Picked};
+use crate::plan::ledger::{Image, NodeState};
+use crate::plan::room::{self, Picked};
 
-/// Different places that are looked at closely. On the public traces 16 leave 0.1 % more of the GPUs unallocated; all
-/// of them leave no less.
-const SHORTLIST: usize = 32;
-/// Of each make of node at least so many.
-const OF_EACH_MAKE: usize = 8;
 /// Different GPUs of a node that are looked at closely for a share of one, the tightest.
 const OF_EACH_NODE: usize = 4;
 /// Using an empty node costs as much as wasting this part of a mean request: it could be given back. Enough to outweigh
@@ -43,24 +39,18 @@ pub struct Judge<'a> {
     pub packing: Packing,
     /// The requests that may come.
     pub hands: &'a Hands,
+    /// The pod's images: of nodes that are as good for GPU memory, one that holds more of them is better.
+    pub images: &'a [Image],
 }
 
 impl Judge<'_> {
     /// Without any request to expect there is nothing to leave room for.
-    fn packing(&self) -> Packing {
+    pub(super) fn packing(&self) -> Packing {
         match self.packing {
             Packing::Fragmentation if self.hands.is_empty() => Packing::BestFit,
             packing => packing,
         }
     }
-}
-
-/// How tight a place is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Tight {
-    left_on_gpus: Bytes,
-    free_on_node: Bytes,
-    host: Host,
 }
 
 /// A place as it is ordered, the best first.
@@ -70,7 +60,11 @@ struct Rank {
     /// nowhere else, and an empty node. In bytes × hands × [`PARTS`].
     gradient: i128,
     opens_node: bool,
-    tight: Tight,
+    left_on_gpus: Bytes,
+    free_on_node: Bytes,
+    /// A pull is saved where that costs no GPU memory.
+    warm: Warm,
+    host: Host,
     picked: Picked,
 }
 
@@ -79,6 +73,8 @@ struct Rank {
 pub struct Ranking {
     /// Positions of the nodes that were looked at in the list that was given, the best first, with the pod's GPUs there.
     pub order: Vec<(usize, Choice)>,
+    /// Positions of the nodes in the same state as the best.
+    equals: Vec<usize>,
     /// Nodes that were given.
     nodes: usize,
 }
@@ -98,6 +94,17 @@ impl Ranking {
         }
         scores
     }
+
+    /// The same for a pod that says itself which nodes it prefers: nodes in the same state as the best have its score,
+    /// and kube-scheduler's own scorers decide among them.
+    #[must_use]
+    pub fn scores_of_equals(&self) -> Vec<u8> {
+        let mut scores = self.scores();
+        for node in &self.equals {
+            scores[*node] = MAX_SCORE;
+        }
+        scores
+    }
 }
 
 /// The GPUs that a pod is best given on this node. What is held for `asker` itself counts as free.
@@ -113,7 +120,13 @@ pub fn place(
     open(node)?;
     let seen = Seen::new(node, asker);
     match (
-        best_on(&seen.room(judge.hands), want, judge, &mut Vec::new()),
+        best_on(
+            &seen.room(judge.hands),
+            Warm::default(),
+            want,
+            judge,
+            &mut judge.hands.counted(),
+        ),
         &want.gpus,
     ) {
         (Some(rank), _) => Ok(seen.choice(rank.picked)),
@@ -130,51 +143,18 @@ pub fn rank<'n>(
     asker: Option<&PodUid>,
     judge: Judge<'_>,
 ) -> Ranking {
-    let most = match judge.packing() {
-        Packing::Fragmentation => SHORTLIST,
-        // Their order is that of the list itself.
-        Packing::BestFit | Packing::Spread => usize::from(MAX_SCORE),
-    };
-    let mut lists: Vec<(Make, Vec<Listed<'n>>)> = Vec::new();
+    let mut shortlist = Shortlist::new(want, judge);
     let mut count = 0;
     for (position, node) in nodes.into_iter().enumerate() {
         count = position + 1;
-        if open(node).is_err() {
-            continue;
-        }
-        let seen = Seen::new(node, asker);
-        let Some(key) = look(&seen, want, judge) else {
-            continue;
-        };
-        let make = Make::of(node, judge);
-        let known = lists.iter().position(|(known, _)| *known == make);
-        let number = known.unwrap_or_else(|| {
-            lists.push((make, Vec::new()));
-            lists.len() - 1
-        });
-        let list = &mut lists[number].1;
-        if list.len() == most && list.last().is_some_and(|worst| worst.key < key) {
-            continue;
-        }
-        enter(
-            list,
-            Listed {
-                key,
-                room: seen.room(judge.hands),
-                position,
-                seen,
-            },
-        );
-        list.truncate(most);
+        shortlist.look(position, Seen::new(node, asker));
     }
-    // Room for each make: what is tight on one may be scarce there, and plenty on another.
-    let each = (most / lists.len().max(1)).max(OF_EACH_MAKE);
-    let mut scratch = Vec::new();
-    let mut places: Vec<(Rank, &NodeName, Listed<'_>)> = lists
-        .into_iter()
-        .flat_map(|(_, list)| list.into_iter().take(each))
+    let mut counted = judge.hands.counted();
+    let mut places: Vec<(Rank, &NodeName, Listed<'_>)> = shortlist
+        .listed()
         .filter_map(|listed| {
-            let rank = best_on(&listed.room, want, judge, &mut scratch)?;
+            let (room, warm) = (listed.seen.room(judge.hands), listed.seen.warm(judge));
+            let rank = best_on(&room, warm, want, judge, &mut counted)?;
             Some((rank, listed.seen.node.name(), listed))
         })
         .collect();
@@ -182,6 +162,9 @@ pub fn rank<'n>(
         places.sort_by(|a, b| (&a.0, a.1).cmp(&(&b.0, b.1)));
     }
     Ranking {
+        equals: places
+            .first()
+            .map_or_else(Vec::new, |(_, _, best)| best.equals.clone()),
         order: places
             .into_iter()
             .map(|(rank, _, listed)| (listed.position, listed.seen.choice(rank.picked)))
@@ -190,162 +173,19 @@ pub fn rank<'n>(
     }
 }
 
-/// A node as the asker sees it.
-struct Seen<'n> {
-    node: &'n NodeState,
-    /// Its GPUs without what is held for the asker, where something is.
-    without: Option<(Vec<GpuState>, Host)>,
-}
-
-impl<'n> Seen<'n> {
-    fn new(node: &'n NodeState, asker: Option<&PodUid>) -> Self {
-        let absent = |asker: &PodUid| {
-            let is = |uid: &PodUid| uid == asker;
-            (node.gpus_without(&is), node.host_without(&is))
-        };
-        Seen {
-            node,
-            without: asker.filter(|uid| node.holds_for(uid)).map(absent),
-        }
-    }
-
-    fn gpus(&self) -> &[GpuState] {
-        self.without.as_ref().map_or(self.node.gpus(), |(gpus, _)| gpus)
-    }
-
-    fn host(&self) -> Host {
-        self.without.as_ref().map_or(self.node.host(), |(_, host)| *host)
-    }
-
-    fn working(&self) -> impl Iterator<Item = &GpuState> {
-        self.gpus().iter().filter(|gpu| gpu.closed.is_none())
-    }
-
-    fn room(&self, hands: &Hands) -> NodeRoom {
-        NodeRoom {
-            host: self.host(),
-            gpus: self.working().map(GpuRoom::from).collect(),
-            meets: hands.met_by(self.node.labels()),
-        }
-    }
-
-    fn choice(&self, picked: Picked) -> Choice {
-        let gpus = || {
-            self.working()
-                .enumerate()
-                .filter(|(position, _)| picked.has(*position))
-        };
-        Choice {
-            usable: gpus().map(|(_, gpu)| gpu.usable).min().unwrap_or_default(),
-            gpus: gpus().map(|(_, gpu)| gpu.id.clone()).collect(),
-        }
-    }
-}
-
-/// What a node is like when it is empty.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Make {
-    gpus: usize,
-    usable: Bytes,
-    host: Option<Host>,
-}
-
-impl Make {
-    fn of(node: &NodeState, judge: Judge<'_>) -> Make {
-        match judge.packing() {
-            Packing::Fragmentation => Make {
-                gpus: node.gpus().len(),
-                usable: node.usable(),
-                host: node.allocatable(),
-            },
-            // Their order is that of all nodes.
-            Packing::BestFit | Packing::Spread => Make::default(),
-        }
-    }
-}
-
-/// Where a node stands in the shortlist.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Key {
-    Fragmentation(Tight),
-    BestFit(bool, Tight),
-    Spread(Reverse<Bytes>, Reverse<Bytes>),
-}
-
-struct Listed<'n> {
-    key: Key,
-    room: NodeRoom,
-    position: usize,
-    seen: Seen<'n>,
-}
-
-/// Puts a node in its place in the list; of two in the same state, the first by name stays. For the other ways each
-/// node is its own.
-fn enter<'n>(list: &mut Vec<Listed<'n>>, new: Listed<'n>) {
-    let apart = !matches!(new.key, Key::Fragmentation(_));
-    let found = list.binary_search_by(|known| {
-        let state = || (known.key, &known.room).cmp(&(new.key, &new.room));
-        let names = || known.seen.node.name().cmp(new.seen.node.name());
-        match apart {
-            true => known.key.cmp(&new.key).then_with(names),
-            false => state(),
-        }
-    });
-    match found {
-        Err(place) => list.insert(place, new),
-        Ok(place) if new.seen.node.name() < list[place].seen.node.name() => list[place] = new,
-        Ok(_) => {}
-    }
-}
-
-/// A first look at a node, without anything but its figures; `None` when the request does not fit.
-fn look(seen: &Seen<'_>, want: &Want, judge: Judge<'_>) -> Option<Key> {
-    let spread = judge.packing() == Packing::Spread;
-    let (mut left, mut looked) = (Bytes(0), Picked::default());
-    if let Some(request) = &want.gpus {
-        for _ in 0..request.gpus.get() {
-            let fitting = seen.gpus().iter().take(Picked::MOST).enumerate();
-            let fitting =
-                fitting.filter(|(position, gpu)| !looked.has(*position) && super::takes(gpu, request));
-            let (position, gpu) = if spread {
-                fitting.max_by_key(|(position, gpu)| (gpu.free, Reverse(*position)))?
-            } else {
-                fitting.min_by_key(|(_, gpu)| gpu.free)?
-            };
-            looked = looked.with(position);
-            left = left.saturating_add(beside(gpu.free, gpu.usable, request));
-        }
-    }
-    let gpus = seen.gpus();
-    let free_on_node: Bytes = gpus.iter().map(|gpu| gpu.free).sum();
-    let tight = Tight {
-        left_on_gpus: left,
-        free_on_node,
-        host: seen.host(),
-    };
-    Some(match judge.packing() {
-        Packing::Fragmentation => Key::Fragmentation(tight),
-        Packing::BestFit => Key::BestFit(gpus.iter().all(|gpu| gpu.tenants == 0), tight),
-        Packing::Spread => Key::Spread(Reverse(free_on_node), Reverse(left)),
-    })
-}
-
-/// What is left beside the request on one GPU. The rest of a whole card is lost to others: the smallest card that does
-/// is best.
-fn beside(free: Bytes, usable: Bytes, request: &GpuRequest) -> Bytes {
-    match request.sharing {
-        Sharing::Shared => free.saturating_sub(request.bytes_per_gpu),
-        Sharing::Exclusive => usable.saturating_sub(request.bytes_per_gpu),
-    }
-}
-
 /// The best GPUs of one node, and how good they are.
-fn best_on(room: &NodeRoom, want: &Want, judge: Judge<'_>, scratch: &mut Vec<GpuRoom>) -> Option<Rank> {
+fn best_on(
+    room: &NodeRoom,
+    warm: Warm,
+    want: &Want,
+    judge: Judge<'_>,
+    counted: &mut Counted,
+) -> Option<Rank> {
     let packing = judge.packing();
     let hands = judge.hands;
     let opens_node = !room.gpus.is_empty() && room.gpus.iter().all(|gpu| gpu.empty);
     let before = match packing {
-        Packing::Fragmentation => waste(room, hands, scratch),
+        Packing::Fragmentation => counted.waste(room, hands),
         Packing::BestFit | Packing::Spread => 0,
     };
     let opening = match opens_node {
@@ -375,18 +215,17 @@ fn best_on(room: &NodeRoom, want: &Want, judge: Judge<'_>, scratch: &mut Vec<Gpu
             }
             let gradient = match packing {
                 Packing::Fragmentation => {
-                    signed(waste(&after, hands, scratch) + opening + taken) - signed(before)
+                    signed(counted.waste(&after, hands) + opening + taken) - signed(before)
                 }
                 Packing::BestFit | Packing::Spread => 0,
             };
             Rank {
                 gradient,
                 opens_node,
-                tight: Tight {
-                    left_on_gpus,
-                    free_on_node: room.gpus.iter().map(|gpu| gpu.free).sum(),
-                    host: room.host,
-                },
+                left_on_gpus,
+                free_on_node: room.free(),
+                warm,
+                host: room.host,
                 picked,
             }
         })

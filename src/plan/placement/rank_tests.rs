@@ -8,19 +8,23 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
+use crate::api::gpu_request::GpuRequest;
 use crate::api::units::{GpuId, MilliCpu};
-use crate::plan::ledger::{Claim, Entry, Event, Fence, GpuFacts, Inventory, Ledger, NodeFacts, PodFacts};
+use crate::plan::ledger::{
+    Claim, Entry, Event, Fence, GpuFacts, GpuState, Images, Inventory, Ledger, NodeFacts, PodFacts,
+};
 use crate::plan::placement::{Mix, Needs, REMEMBERED, fit};
+use crate::plan::room::GpuRoom;
 
 #[derive(Clone, Debug)]
-struct Shape {
-    gpus: Vec<u64>,
-    cpu: u64,
-    fence: Option<Fence>,
-    pool: bool,
+pub(in crate::plan::placement) struct Shape {
+    pub gpus: Vec<u64>,
+    pub cpu: u64,
+    pub fence: Option<Fence>,
+    pub pool: bool,
 }
 
-fn shape() -> impl Strategy<Value = Shape> {
+pub(in crate::plan::placement) fn shape() -> impl Strategy<Value = Shape> {
     let fence = prop_oneof![
         6 => Just(None),
         1 => prop_oneof![Just(Fence::Releasing), Just(Fence::Cordoned), Just(Fence::Deleting)].prop_map(Some),
@@ -39,7 +43,7 @@ fn shape() -> impl Strategy<Value = Shape> {
         })
 }
 
-fn want() -> impl Strategy<Value = Want> {
+pub(in crate::plan::placement) fn want() -> impl Strategy<Value = Want> {
     let sharing = prop_oneof![4 => Just(Sharing::Shared), 1 => Just(Sharing::Exclusive)];
     let gpus = prop_oneof![
         8 => (1u32..=3, 1u64..=45, sharing).prop_map(|(gpus, bytes, sharing)| {
@@ -60,7 +64,7 @@ fn want() -> impl Strategy<Value = Want> {
     })
 }
 
-fn packing() -> impl Strategy<Value = Packing> {
+pub(in crate::plan::placement) fn packing() -> impl Strategy<Value = Packing> {
     prop_oneof![
         Just(Packing::Fragmentation),
         Just(Packing::BestFit),
@@ -68,14 +72,14 @@ fn packing() -> impl Strategy<Value = Packing> {
     ]
 }
 
-fn host(cpu: u64) -> Host {
+pub(in crate::plan::placement) fn host(cpu: u64) -> Host {
     Host {
         cpu: MilliCpu(cpu),
         memory: Bytes(cpu),
     }
 }
 
-fn ledger(shapes: &[Shape]) -> Ledger {
+pub(in crate::plan::placement) fn ledger(shapes: &[Shape]) -> Ledger {
     let events = shapes.iter().enumerate().flat_map(|(number, shape)| {
         let name = format!("node-{number}");
         let gpu = |(index, usable): (u32, &u64)| GpuFacts {
@@ -94,6 +98,7 @@ fn ledger(shapes: &[Shape]) -> Ledger {
                 fence: shape.fence,
                 allocatable: Some(host(shape.cpu)),
                 labels: Arc::new(BTreeMap::from([("pool".to_owned(), pool.to_owned())])),
+                images: Images::default(),
             }),
             Event::Inventory(Inventory {
                 node: name.as_str().into(),
@@ -105,7 +110,13 @@ fn ledger(shapes: &[Shape]) -> Ledger {
     Ledger::rebuild(events.collect::<Vec<_>>())
 }
 
-fn enter(ledger: &mut Ledger, number: usize, node: &NodeName, want: &Want, choice: &Choice) {
+pub(in crate::plan::placement) fn enter(
+    ledger: &mut Ledger,
+    number: usize,
+    node: &NodeName,
+    want: &Want,
+    choice: &Choice,
+) {
     let Some(request) = &want.gpus else { return };
     ledger.apply(Event::Pod(PodFacts {
         entry: Entry {
@@ -121,7 +132,7 @@ fn enter(ledger: &mut Ledger, number: usize, node: &NodeName, want: &Want, choic
 }
 
 /// Lets the pods come, as they would with a scheduler that takes the best, and calls `look` before each.
-fn replay(
+pub(in crate::plan::placement) fn replay(
     shapes: &[Shape],
     wants: &[Want],
     packing: Packing,
@@ -134,6 +145,7 @@ fn replay(
         let judge = Judge {
             packing,
             hands: &hands,
+            images: &[],
         };
         let nodes = sorted(&ledger);
         let ranking = rank(nodes.iter().copied(), want, None, judge);
@@ -146,7 +158,7 @@ fn replay(
     Ok(())
 }
 
-fn sorted(ledger: &Ledger) -> Vec<&NodeState> {
+pub(in crate::plan::placement) fn sorted(ledger: &Ledger) -> Vec<&NodeState> {
     let mut nodes: Vec<&NodeState> = ledger.nodes().collect();
     nodes.sort_by_key(|node| node.name().clone());
     nodes
@@ -214,7 +226,12 @@ fn whole_requests(gpu: &GpuRoom, request: &GpuRequest) -> u64 {
 }
 
 /// The gradient of a place, counted anew on both sides.
-fn naive_gradient(node: &NodeState, want: &Want, choice: &Choice, hands: &Hands) -> i128 {
+pub(in crate::plan::placement) fn naive_gradient(
+    node: &NodeState,
+    want: &Want,
+    choice: &Choice,
+    hands: &Hands,
+) -> i128 {
     let before: Vec<GpuRoom> = node.gpus().iter().map(GpuRoom::from).collect();
     let mut after = before.clone();
     for (room, gpu) in after.iter_mut().zip(node.gpus()) {
@@ -426,6 +443,7 @@ fn a_share_goes_where_another_that_comes_still_fits() {
     let judge = Judge {
         packing: Packing::Fragmentation,
         hands: &hands,
+        images: &[],
     };
     let nodes = sorted(&ledger);
     assert_eq!(rank(nodes.iter().copied(), &want(30), None, judge).order[0].0, 1);
@@ -494,6 +512,7 @@ fn a_card_that_others_cannot_do_without_is_left_to_them() {
         let judge = Judge {
             packing: Packing::Fragmentation,
             hands: &hands,
+            images: &[],
         };
         let nodes = sorted(&ledger);
         assert_eq!(

@@ -9,6 +9,9 @@ use crate::api::gpu_request::{GpuRequest, Sharing};
 use crate::api::units::{Bytes, NodeName};
 use crate::plan::ledger::{Fence, GpuState, NodeState, Shut};
 
+/// Kinds whose words are kept; agents' own reasons, of which there may be many, are made each time beyond that.
+const MOST_WORDS: usize = 16;
+
 /// Why a request does not fit on one node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NodeRefusal {
@@ -76,6 +79,14 @@ impl fmt::Display for Miss {
 }
 
 impl NodeRefusal {
+    /// Whether both have the same words, where both are for the same request.
+    fn is_like(&self, other: &NodeRefusal) -> bool {
+        match (self, other) {
+            (NodeRefusal::Shut(shut), NodeRefusal::Shut(other)) => shut == other,
+            _ => std::mem::discriminant(self) == std::mem::discriminant(other),
+        }
+    }
+
     /// Whether evicting pods from the node could make the request fit there.
     #[must_use]
     pub fn evicting_could_help(&self) -> bool {
@@ -112,6 +123,8 @@ impl fmt::Display for NodeRefusal {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reasons {
     nearest: Option<Miss>,
+    /// The words of each kind, once they have been made.
+    words: Vec<(NodeRefusal, Arc<str>)>,
 }
 
 impl Reasons {
@@ -127,15 +140,21 @@ impl Reasons {
         }
     }
 
-    /// The text for one node.
-    #[must_use]
-    pub fn text(&self, refusal: &NodeRefusal) -> String {
-        match refusal {
-            NodeRefusal::NoRoom { nearest, .. } if Some(nearest) == self.nearest.as_ref() => {
-                nearest.to_string()
-            }
-            other => other.to_string(),
+    /// The text for one node; all of them are for the same request.
+    pub fn text(&mut self, refusal: &NodeRefusal) -> Arc<str> {
+        if let NodeRefusal::NoRoom { nearest, .. } = refusal
+            && Some(nearest) == self.nearest.as_ref()
+        {
+            return nearest.to_string().into();
         }
+        if let Some((_, words)) = self.words.iter().find(|(known, _)| known.is_like(refusal)) {
+            return words.clone();
+        }
+        let words: Arc<str> = refusal.to_string().into();
+        if self.words.len() < MOST_WORDS {
+            self.words.push((refusal.clone(), words.clone()));
+        }
+        words
     }
 }
 

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::api::host::Host;
 use crate::api::packing::Packing;
-use crate::plan::ledger::{Claim, Entry, Event, Fence, GpuFacts, Inventory, NodeFacts, PodFacts};
+use crate::plan::ledger::{Claim, Entry, Event, Fence, GpuFacts, Images, Inventory, NodeFacts, PodFacts};
 
 const GIB: u64 = 1 << 30;
 
@@ -38,6 +38,7 @@ fn node(name: &str, gpus: &[u64]) -> Vec<Event> {
             fence: None,
             allocatable: None,
             labels: Arc::default(),
+            images: Images::default(),
         }),
         Event::Inventory(Inventory {
             node: name.into(),
@@ -60,6 +61,7 @@ fn best(ledger: &Ledger, request: &GpuRequest) -> Result<(NodeName, Choice), Ref
     let judge = Judge {
         packing: Packing::BestFit,
         hands: &hands,
+        images: &[],
     };
     let nodes: Vec<&NodeState> = ledger.nodes().collect();
     let ranking = rank(nodes.iter().copied(), &want(request), None, judge);
@@ -195,6 +197,7 @@ fn refusals_say_the_nearest_miss() {
         fence: Some(Fence::Releasing),
         allocatable: None,
         labels: Arc::default(),
+        images: Images::default(),
     }));
     let refusal = best(&ledger, &request(1, 18 * GIB, Sharing::Shared)).unwrap_err();
     assert_eq!(
@@ -224,6 +227,7 @@ fn only_one_winner_even_among_equals() {
             Judge {
                 packing,
                 hands: &hands,
+                images: &[],
             },
         );
         assert_eq!(ranking.order[0].0, 2);

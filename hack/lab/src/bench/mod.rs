@@ -3,6 +3,7 @@
 //! A figure is a ratio of interleaved pairs wherever it can be, so that it says the same on another
 //! machine. `report` is the table and the file; each benchmark is a file of its own.
 
+pub mod chance;
 mod memory;
 pub mod report;
 mod scheduler;

@@ -54,8 +54,9 @@ impl Report {
             .iter()
             .map(|(name, version)| format!("{name} {version}"))
             .collect();
+        let beside = if peers.is_empty() { "" } else { " · beside " };
         println!(
-            "\n{} · commit {} · beside {}",
+            "\n{} · commit {}{beside}{}",
             self.bench,
             self.commit,
             peers.join(", ")
@@ -102,6 +103,16 @@ impl Figure {
     pub fn of(values: &[f64], unit: &'static str) -> Self {
         let value = quantile(values, 0.5);
         let range = quantile(values, 0.75) - quantile(values, 0.25);
+        let spread = if value == 0.0 { 0.0 } else { range / value };
+        Self { value, unit, spread }
+    }
+
+    /// A quantile of `values`, and the range of the middle half of what it is in each tenth of them.
+    pub fn at(values: &[f64], at: f64, unit: &'static str) -> Self {
+        let value = quantile(values, at);
+        let tenth = values.len().div_ceil(10).max(1);
+        let tenths: Vec<f64> = values.chunks(tenth).map(|part| quantile(part, at)).collect();
+        let range = quantile(&tenths, 0.75) - quantile(&tenths, 0.25);
         let spread = if value == 0.0 { 0.0 } else { range / value };
         Self { value, unit, spread }
     }
