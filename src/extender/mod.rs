@@ -24,7 +24,6 @@ mod wire;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -40,7 +39,7 @@ use kube::api::{ListParams, ObjectMeta, Patch, PatchParams};
 use kube::{Api, Client, ResourceExt};
 use parking_lot::Mutex;
 use serde_json::json;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -71,6 +70,9 @@ const WAKE_AGAIN: [Duration; 3] = [
     Duration::from_secs(2),
     Duration::from_secs(5),
 ];
+/// A request waits at most this long for a leader that is catching up: less than the replica that passed it on waits, and
+/// than the scheduler.
+const CATCHING_UP: Duration = Duration::from_secs(2);
 /// Annotation by which a Node event is caused.
 const RETRY: &str = "ebb.dev/scheduling-retry";
 
@@ -125,7 +127,7 @@ pub struct Extender {
     /// Raised when the mix is to be dealt anew.
     deal: Notify,
     /// The term for which the ledger is known to hold all that earlier leaders bound; 0 for none.
-    caught_up: AtomicU64,
+    caught_up: watch::Sender<u64>,
 }
 
 impl std::ops::Deref for Extender {
@@ -146,7 +148,7 @@ impl Extender {
             bindings: bind::Running::default(),
             mix: Mutex::default(),
             deal: Notify::new(),
-            caught_up: AtomicU64::new(0),
+            caught_up: watch::Sender::new(0),
         })
     }
 
@@ -185,7 +187,18 @@ impl Extender {
     fn decides(&self) -> bool {
         self.leadership
             .term_now()
-            .is_some_and(|term| term == self.caught_up.load(Ordering::Acquire))
+            .is_some_and(|term| term == *self.caught_up.borrow())
+    }
+
+    /// The same, once a leader that is still catching up has done so; that is waited for, for a while. Refusals would
+    /// be written to every pod by the scheduler, at the very time at which the pods are marked.
+    async fn decides_soon(&self) -> bool {
+        if let Some(term) = self.leadership.term_now() {
+            let mut caught_up = self.caught_up.subscribe();
+            let known = async { caught_up.wait_for(|known| *known >= term).await.is_ok() };
+            let _ = tokio::time::timeout(CATCHING_UP, known).await;
+        }
+        self.decides()
     }
 }
 
@@ -271,7 +284,7 @@ async fn catch_up(extender: &Extender, term: u64) -> Result<(), CallError> {
         }
     }
     deal(extender).await;
-    extender.caught_up.store(term, Ordering::Release);
+    extender.caught_up.send_replace(term);
     wake_scheduler(extender, &format!("leader of term {term}")).await?;
     tracing::info!(term, marked, "answering kube-scheduler");
     Ok(())
@@ -347,7 +360,7 @@ async fn decide(extender: &Extender, request: Request, verb: Verb) -> Response {
         Ok(read) => read,
         Err(refusal) => return refusal,
     };
-    let answer = if extender.decides() {
+    let answer = if extender.decides_soon().await {
         let desk = Desk {
             ledger: &extender.ledger,
             refused: &extender.refused,
@@ -381,7 +394,7 @@ async fn bound(State(extender): State<Arc<Extender>>, request: Request) -> Respo
         Ok(args) => args,
         Err(error) => return no_request(&error),
     };
-    if !extender.decides()
+    if !extender.decides_soon().await
         && let Some(answer) = passed_on(&extender, head, body).await
     {
         return answer;
