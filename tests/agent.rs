@@ -39,6 +39,7 @@ rules:
 - {apiGroups: [""], resources: [nodes/status], verbs: [patch]}
 - {apiGroups: [ebb.dev], resources: [gpunodes], verbs: [get, list, watch, create, patch]}
 - {apiGroups: [ebb.dev], resources: [gpunodes/status], verbs: [patch]}
+- {apiGroups: [coordination.k8s.io], resources: [leases], verbs: [create, patch]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
@@ -99,7 +100,10 @@ impl Stage {
     fn agent(&self, name: &str) -> Program {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ebb"));
         command
-            .args(["agent", "--interval", "200ms"])
+            .args(["agent", "--interval", "200ms", "--namespace", "default"])
+            .arg("--pod-resources-socket")
+            .arg(self.cluster.dir().join("kubelet.sock"))
+            .env("HOST_PROC", self.cluster.dir().join("proc"))
             .env("KUBECONFIG", &self.kubeconfig)
             .env("NODE_NAME", NODE)
             .env("POD_IP", IP)
@@ -188,7 +192,7 @@ fn writes() -> Vec<String> {
     let metrics = get("/metrics").unwrap();
     metrics
         .lines()
-        .filter(|line| line.starts_with("ebb_agent_writes_total"))
+        .filter(|line| line.starts_with("ebb_agent_writes_total") && !line.contains("Lease"))
         .map(str::to_owned)
         .collect()
 }
