@@ -23,8 +23,6 @@ use super::owners::{Allocation, Holdings, Trouble};
 
 /// Where the kubelet listens, unless it was told to keep its files elsewhere.
 pub const SOCKET: &str = "/var/lib/kubelet/pod-resources/kubelet.sock";
-/// How often it is asked.
-const EVERY: Duration = Duration::from_secs(10);
 /// Longest wait for its answer.
 const LIMIT: Duration = Duration::from_secs(5);
 /// Largest answer that is read; the kubelet's own client has the same limit.
@@ -32,12 +30,16 @@ const LARGEST: usize = 16 << 20;
 /// Most allocations that are looked at: no node has more devices.
 const MOST: usize = 4096;
 
-/// What the kubelet says, kept current until `shutdown`. `None` until it was asked once.
+/// What the kubelet says, asked `every` so often until `shutdown`. `None` until it was asked once.
 #[must_use]
-pub fn follow(socket: PathBuf, shutdown: CancellationToken) -> watch::Receiver<Option<Holdings>> {
+pub fn follow(
+    socket: PathBuf,
+    every: Duration,
+    shutdown: CancellationToken,
+) -> watch::Receiver<Option<Holdings>> {
     let (sender, receiver) = watch::channel(None);
     tokio::spawn(async move {
-        let mut ticks = interval(EVERY);
+        let mut ticks = interval(every);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {

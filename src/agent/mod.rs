@@ -53,6 +53,8 @@ use crate::serve::health::{self, Readiness};
 const RENEWALS: u32 = 4;
 /// Readings that may fail to come before the Lease is not renewed any more.
 const MISSED_READINGS: u32 = 3;
+/// A reading itself may take this long: NVML is slow where no persistence daemon keeps the driver awake.
+const SLOWEST_READING: Duration = Duration::from_secs(2);
 
 /// Longest wait for one write.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -80,6 +82,9 @@ pub struct Args {
     /// The kubelet's PodResources socket, which says what device plugins handed out. Without it that is not verified.
     #[arg(long, env = "EBB_POD_RESOURCES_SOCKET", default_value = kubelet::SOCKET)]
     pod_resources_socket: PathBuf,
+    /// How often it is asked.
+    #[arg(long, env = "EBB_POD_RESOURCES_INTERVAL", default_value = "10s", value_parser = interval)]
+    pod_resources_interval: Duration,
     /// Address for /metrics, /healthz and /readyz.
     #[arg(long, env = "POD_IP", default_value = "0.0.0.0")]
     pod_ip: IpAddr,
@@ -133,7 +138,11 @@ async fn run_with(
     let health = health::serve(address, readiness.clone(), Arc::new(registry), shutdown.clone());
 
     let observed = read_on_a_thread(reader, args.interval, shutdown.clone())?;
-    let holdings = kubelet::follow(args.pod_resources_socket.clone(), shutdown.clone());
+    let holdings = kubelet::follow(
+        args.pod_resources_socket.clone(),
+        args.pod_resources_interval,
+        shutdown.clone(),
+    );
     let node = NodeName::from(args.node_name.as_str());
     let publisher = Publisher::new(client, node, &args.namespace);
     let agent = Agent::new(publisher, metrics, readiness, args.interval, args.lease_duration);
@@ -239,7 +248,7 @@ impl Agent {
             known: None,
             used_budget: Budget::new(10, Duration::from_secs(2)),
             inventory_budget: Budget::new(10, Duration::from_secs(2)),
-            reading_lasts: interval * MISSED_READINGS,
+            reading_lasts: interval * MISSED_READINGS + SLOWEST_READING,
             read_at: None,
             lease_duration: lease_duration.max(interval * RENEWALS),
             renew_at: None,
@@ -261,6 +270,7 @@ impl Agent {
         let (mut nodes, mut gpu_nodes) = (std::pin::pin!(nodes), std::pin::pin!(gpu_nodes));
         let mut wake: Option<Instant> = None;
         loop {
+            let overdue = self.read_at.map(|at| at + self.reading_lasts);
             tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
                 Some(event) = nodes.next() => match event {
@@ -280,6 +290,10 @@ impl Agent {
                 }
                 changed = holdings.changed() => changed.context("nobody asks the kubelet any more")?,
                 () = sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {}
+                () = sleep_until(overdue.unwrap_or_else(Instant::now)), if overdue.is_some() => {
+                    self.silent_driver();
+                    continue;
+                }
             }
             let (observation, holdings) = (observed.borrow().clone(), holdings.borrow().clone());
             // Before the kubelet was asked, a card that it closed would be open for a moment.
@@ -291,6 +305,18 @@ impl Agent {
                 next = self.step(&observation, &holdings, Instant::now()) => wake = next,
             }
         }
+    }
+
+    /// A reading is overdue: said once, and again when it happens again.
+    fn silent_driver(&mut self) {
+        self.read_at = None;
+        let message = format!(
+            "no reading for {} ms: a call into NVIDIA's driver hangs, and new pods go elsewhere until it returns; look \
+             at the kernel's log, and restart the node if it does not",
+            self.reading_lasts.as_millis()
+        );
+        tracing::warn!("{message}");
+        self.readiness.not_ready(&message);
     }
 
     fn watch_failed(&self, what: &str, error: &kube::runtime::watcher::Error) {
