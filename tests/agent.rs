@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+#[path = "agent/admission.rs"]
+mod admission;
+
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::PathBuf;
@@ -63,16 +66,7 @@ struct Stage {
 impl Stage {
     async fn set() -> Self {
         let cluster = Cluster::up(Options::default()).await.unwrap();
-        let crds = Command::new(env!("CARGO_BIN_EXE_ebb"))
-            .arg("crds")
-            .output()
-            .unwrap();
-        let crds = String::from_utf8(crds.stdout).unwrap();
-        let gpu_node = crds
-            .split("---\n")
-            .find(|crd| crd.contains("kind: GpuNode"))
-            .unwrap();
-        cluster.apply(gpu_node).await.unwrap();
+        cluster.apply(&gpu_node_crd()).await.unwrap();
         cluster
             .kubectl(&["wait", "crd/gpunodes.ebb.dev", "--for=condition=Established"])
             .await
@@ -163,6 +157,16 @@ impl Stage {
         })
         .await;
     }
+}
+
+fn gpu_node_crd() -> String {
+    let crds = Command::new(env!("CARGO_BIN_EXE_ebb"))
+        .arg("crds")
+        .output()
+        .unwrap();
+    let crds = String::from_utf8(crds.stdout).unwrap();
+    let mut crds = crds.split("---\n");
+    crds.find(|crd| crd.contains("kind: GpuNode")).unwrap().to_owned()
 }
 
 async fn own_kubeconfig(cluster: &Cluster) -> String {
