@@ -12,6 +12,7 @@
 //! Everything starts in one order: client, certificates, view, servers, Lease. It stops in the other: the reconcilers
 //! finish their pass, the Lease is given back, and the servers finish what they have accepted.
 
+mod agents;
 mod conditions;
 mod facts;
 mod gates;
@@ -158,6 +159,7 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
         began: Instant::now(),
         since: Instant::now(),
     };
+    tokio::spawn(agents::follow(context.clone(), end.clone()));
     let extender_metrics = extender::Metrics::new(&mut registry);
     let extender = extender(&args, &context, &certificates, extender_metrics);
     let routers = Routers {

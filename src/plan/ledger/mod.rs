@@ -84,6 +84,7 @@ impl Ledger {
                 node.inventory = None;
                 node.departed.clear();
             }),
+            Event::Agent { node, silent } => self.change(&node, |node| node.silent = silent),
             Event::Pod(facts) => self.pod(facts),
             Event::Neighbour(facts) => self.neighbour(facts),
             Event::PodGone(uid) => {

@@ -34,6 +34,8 @@ pub struct NodeState {
     pub(super) labels: Arc<Labels>,
     pub(super) images: Images,
     pub(super) inventory: Option<Inventory>,
+    /// Why its inventory is not believed any more, where that is so.
+    pub(super) silent: Option<Arc<str>>,
     pub(super) pods: BTreeMap<PodUid, Entry>,
     pub(super) holds: BTreeMap<PodUid, Entry>,
     /// Pods that went since the inventory was read: what they used is counted in it, and is free.
@@ -76,6 +78,7 @@ impl NodeState {
             labels: Arc::default(),
             images: Images::default(),
             inventory: None,
+            silent: None,
             pods: BTreeMap::new(),
             holds: BTreeMap::new(),
             departed: Vec::new(),
@@ -168,7 +171,7 @@ impl NodeState {
     pub fn is_told(&self) -> bool {
         self.inventory
             .as_ref()
-            .is_some_and(|inventory| inventory.closed.is_none())
+            .is_some_and(|inventory| inventory.closed.is_none() && self.silent.is_none())
     }
 
     /// Whether it takes nothing new, and why.
@@ -182,7 +185,10 @@ impl NodeState {
         }
         match &self.inventory {
             None => Some(Shut::NoInventory),
-            Some(inventory) => inventory.closed.clone().map(Shut::Closed),
+            Some(inventory) => {
+                let why = self.silent.as_ref().or(inventory.closed.as_ref());
+                why.cloned().map(Shut::Closed)
+            }
         }
     }
 
@@ -314,6 +320,7 @@ impl NodeState {
 
     /// Whether there is nothing left to know about it.
     pub(super) fn blank(&self) -> bool {
-        !self.exists && self.inventory.is_none() && self.is_empty() && self.neighbours.is_empty()
+        let untold = self.inventory.is_none() && self.silent.is_none();
+        !self.exists && untold && self.is_empty() && self.neighbours.is_empty()
     }
 }
