@@ -5,7 +5,8 @@
 //!  API server ───▶│ 9443 webhook        view (reflectors) ─────┼──▶│ workloads   sleep, n→m │──▶ scale
 //!  scheduler ────▶│ 9444 extender  ◀─ ledger ◀┘                │   │ services    slices     │──▶ slices, Services
 //!  gates ────────▶│ 9445 link (leads, or says who does) ───────┼──▶│ nodes       release    │──▶ Nodes, provider
-//!                 │ 8080 health, metrics                       │   │ policies    adopt      │──▶ annotations
+//!                 │ 8080 health, metrics                       │   │ waiting     gates      │──▶ pods
+//!                 │                                            │   │ policies    adopt      │──▶ annotations
 //!                 └────────────────────────────────────────────┘   └────────────────────────┘
 //! ```
 //!
@@ -24,6 +25,7 @@ mod reach;
 mod reconcile;
 mod services;
 mod tokens;
+mod waiting;
 mod workloads;
 
 use std::net::{IpAddr, SocketAddr};
@@ -162,6 +164,7 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
     let routers = Routers {
         webhook: webhook::router(webhook::Context {
             view: context.view.clone(),
+            ledger: context.ledger.clone(),
             namespace: args.namespace.clone(),
             runtime_class,
             metrics: webhook::Metrics::new(&mut registry),
@@ -337,6 +340,12 @@ fn reconcilers(context: &Context, stop: &CancellationToken) -> JoinSet<()> {
         nodes::Nodes::new(context.clone(), unplaceable),
         metrics.clone(),
         vec![view.changed.clone()],
+        stop.clone(),
+    ));
+    running.spawn(drive(
+        waiting::Waiting::new(context.clone()),
+        metrics.clone(),
+        vec![view.changed.clone(), context.ledger.freed()],
         stop.clone(),
     ));
     running.spawn(drive(

@@ -81,7 +81,7 @@ pub fn somewhere(ledger: &Ledger, request: &GpuRequest) -> Result<NodeName, Refu
     let mut first: Option<&NodeName> = None;
     for node in ledger.nodes() {
         match fit(node, request, None) {
-            Err(reason) => refusal.add(node.name(), reason),
+            Err(reason) => refusal.add(node, &reason),
             Ok(_) if first.is_none_or(|known| node.name() < known) => first = Some(node.name()),
             Ok(_) => {}
         }
