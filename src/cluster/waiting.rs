@@ -61,12 +61,17 @@ pub fn stage(pod: &Pod) -> Option<Stage> {
     (asks && !refused(pod)).then_some(Stage::Opened(waiting))
 }
 
-/// Whether the scheduler told that it found no place.
+/// Whether the scheduler told that it found no place, and evicts nobody for it.
 fn refused(pod: &Pod) -> bool {
-    let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
-    conditions
+    let Some(status) = &pod.status else { return false };
+    let nominated = status.nominated_node_name.as_deref().unwrap_or_default();
+    let unschedulable = status
+        .conditions
+        .iter()
+        .flatten()
         .filter(|condition| condition.type_ == "PodScheduled" && condition.status == "False")
-        .any(|condition| condition.reason.as_deref() == Some("Unschedulable"))
+        .any(|condition| condition.reason.as_deref() == Some("Unschedulable"));
+    unschedulable && nominated.is_empty()
 }
 
 /// What a pod asks; `None` where it asks for no GPU memory, or for what makes no sense.
@@ -136,7 +141,11 @@ pub fn room_for(view: &View, ledger: &SharedLedger, mut ask: Ask) -> Result<(), 
     // Most pods have room; who could be evicted is looked up for the others only.
     look(&nobody).or_else(|refusal| {
         let bound = bound_below(&view.pods.all(), ask.priority);
-        if bound.is_empty() { Err(refusal) } else { look(&bound) }
+        if bound.is_empty() {
+            Err(refusal)
+        } else {
+            look(&bound)
+        }
     })
 }
 
@@ -175,6 +184,9 @@ mod tests {
         assert_eq!(is(&json!({})), "opened");
         assert_eq!(is(&condition("SchedulingGated")), "opened");
         assert_eq!(is(&condition("Unschedulable")), "neither");
+        let mut nominated = condition("Unschedulable");
+        nominated["status"]["nominatedNodeName"] = "n".into();
+        assert_eq!(is(&nominated), "opened");
         assert_eq!(is(&gates(&["ebb.dev/gpu-memory"])), "gated");
         assert_eq!(is(&gates(&["other", "ebb.dev/gpu-memory"])), "neither");
         assert_eq!(is(&gates(&["other"])), "neither");
@@ -211,7 +223,10 @@ mod tests {
         let pods = [
             bound("low", json!({})),
             bound("same", json!({"spec": {"priority": 10}})),
-            bound("going", json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}})),
+            bound(
+                "going",
+                json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}),
+            ),
             bound("waiting", json!({"spec": {"nodeName": null}})),
         ];
         let expected = HashMap::from([(PodUid::from("low"), 5)]);

@@ -286,7 +286,11 @@ impl<'a> Cluster<'a> {
 
     /// Whether it had room somewhere if all pods of lower priority were gone.
     fn could_evict(self, ask: &Ask) -> bool {
-        let lower = |uid: &PodUid| self.bound.get(uid).is_some_and(|priority| *priority < ask.priority);
+        let lower = |uid: &PodUid| {
+            self.bound
+                .get(uid)
+                .is_some_and(|priority| *priority < ask.priority)
+        };
         let any = ask.evicts && self.bound.values().any(|priority| *priority < ask.priority);
         any && self.ledger.nodes().any(|node| {
             ask.want.needs.met_by(node.labels())

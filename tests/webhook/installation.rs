@@ -75,9 +75,7 @@ impl Installation {
         );
         success(cluster.kubectl(&["create", "namespace", "ebb-system"]).await);
         let (ledger, hooks) = ledger_feed::feed();
-        let view = View::start(client.clone(), hooks, stop.clone())
-            .await
-            .unwrap();
+        let view = View::start(client.clone(), hooks, stop.clone()).await.unwrap();
         let certificates = Certificates::start(client.clone(), "ebb-system", stop.clone())
             .await
             .unwrap();

@@ -88,9 +88,14 @@ pub fn create(request: Request<'_>, cluster: &Cluster<'_>) -> Verdict {
     if let Some(warning) = object["spec"]["containers"].get(gpu).and_then(takes_whole_card) {
         verdict.warnings.push(warning);
     }
-    if goes_to_ebb(&spec) && !is_gated(&spec) && let Some(reason) = (cluster.no_room)() {
+    if goes_to_ebb(&spec)
+        && !is_gated(&spec)
+        && let Some(reason) = (cluster.no_room)()
+    {
         verdict.patch.push(gate(&spec));
-        verdict.warnings.push(format!("the pod waits for GPU memory: {reason}"));
+        verdict
+            .warnings
+            .push(format!("the pod waits for GPU memory: {reason}"));
     }
     verdict
 }

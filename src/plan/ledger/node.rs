@@ -90,7 +90,11 @@ impl NodeState {
     /// Whether it is a Node that is known to have GPUs, by its agent or by the label that has one started there.
     #[must_use]
     pub fn is_gpu_node(&self) -> bool {
-        let labelled = || self.labels.get(names::GPU_LABEL).is_some_and(|value| value == "true");
+        let labelled = || {
+            self.labels
+                .get(names::GPU_LABEL)
+                .is_some_and(|value| value == "true")
+        };
         self.exists && (self.inventory.is_some() || labelled())
     }
 

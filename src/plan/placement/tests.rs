@@ -243,7 +243,9 @@ fn memory_that_no_pod_declared_is_told() {
         refusal.to_string()
     };
     ledger.apply(Event::Inventory(inventory.clone()));
-    assert!(words(&ledger).ends_with("has 15 GiB free, 20 GiB asked; 9 GiB held by processes outside Kubernetes"));
+    assert!(
+        words(&ledger).ends_with("has 15 GiB free, 20 GiB asked; 9 GiB held by processes outside Kubernetes")
+    );
     bind(&mut ledger, 1, &request(1, 2 * GIB, Sharing::Shared)).unwrap();
     inventory.gpus[0].used = Some(Bytes(8 * GIB));
     ledger.apply(Event::Inventory(inventory));

@@ -123,17 +123,24 @@ fn cluster<'a>(ledger: &'a Ledger, bound: &'a HashMap<PodUid, i32>) -> Cluster<'
 
 fn told(ledger: &Ledger, ask: &Ask) -> Option<String> {
     let bound = HashMap::new();
-    room(cluster(ledger, &bound), ask).err().map(|why| why.to_string())
+    room(cluster(ledger, &bound), ask)
+        .err()
+        .map(|why| why.to_string())
 }
 
 #[test]
 fn by_priority_then_age_and_a_small_one_passes_a_large_one() {
     let ledger = nodes(&[24]);
     let mut urgent = pod(9, 10);
-    let Needs::Room(ask) = &mut urgent.needs else { unreachable!() };
+    let Needs::Room(ask) = &mut urgent.needs else {
+        unreachable!()
+    };
     ask.priority = 1;
     let gated = [pod(3, 4), pod(1, 20), pod(2, 8), urgent];
-    assert_eq!(open(&ledger, &[], &gated), ["models/p9", "models/p2", "models/p3"]);
+    assert_eq!(
+        open(&ledger, &[], &gated),
+        ["models/p9", "models/p2", "models/p3"]
+    );
 }
 
 #[test]
@@ -176,7 +183,11 @@ fn what_the_scheduler_filters_on_is_room_too() {
     );
     let mut busy = asks(1);
     busy.want.host = cores(5);
-    assert!(told(&ledger, &busy).unwrap().contains("2 with too little CPU or memory"));
+    assert!(
+        told(&ledger, &busy)
+            .unwrap()
+            .contains("2 with too little CPU or memory")
+    );
     busy.want.host = cores(4);
     assert_eq!(told(&ledger, &busy), None);
     // Of two that need all cores of a node each, one goes to each node.
