@@ -138,7 +138,7 @@ async fn burst(hall: &Hall) -> anyhow::Result<()> {
 }
 
 async fn gated_then_bound(hall: &Hall) -> anyhow::Result<()> {
-    // Nothing is free. A large one, four of which there will be room for two, and one that comes last and first.
+    // Nothing is free. Ages count in seconds, and of equal ones the names. A large one, four of which there will be room for two, and one that comes last and first.
     let never = json!({"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass",
         "metadata": {"name": "first"}, "value": 10, "preemptionPolicy": "Never"});
     hall.site.apply(&never.to_string()).await?;
@@ -165,9 +165,9 @@ async fn gated_then_bound(hall: &Hall) -> anyhow::Result<()> {
     hall.delete("burst-8").await?;
     hall.bound("wait-1").await?;
     // Whoever is told after that was looked at after that, and so were the others.
-    let late = hall.create("late", 8 * GIB, json!({})).await?;
+    let late = hall.create("wait-late", 8 * GIB, json!({})).await?;
     hall.event(&late, "WaitsForGpuMemory").await?;
-    for name in ["large", "wait-2", "wait-3", "late"] {
+    for name in ["large", "wait-2", "wait-3", "wait-late"] {
         ensure!(hall.is_gated(name).await?, "{name} was let on without room");
     }
     per_gpu(hall, 40 * GIB, 12).await
@@ -177,7 +177,7 @@ async fn gated_while_nobody_leads(hall: &Hall) -> anyhow::Result<()> {
     let (leader, _) = hall.leader().await?;
     hall.kill(&leader)?;
     hall.delete("burst-9").await?;
-    // wait-2 is before wait-3 and late, and large is too large.
+    // wait-2 is before wait-3 and wait-late, and large is too large.
     hall.bound("wait-2").await?;
     ensure!(hall.is_gated("wait-3").await? && hall.is_gated("large").await?);
     per_gpu(hall, 40 * GIB, 12).await
