@@ -15,6 +15,10 @@ use crate::plan::nodes_wanted::tolerates;
 use crate::plan::placement::Refusal;
 use crate::plan::waiting::{self, Ask, Bar, Cluster, Needs, Waiting};
 
+/// What every node is refused with while no controller leads.
+pub const NO_LEADER: &str =
+    "Ebb's controller is choosing a new leader; the pod is tried again as soon as there is one";
+
 /// How far a pod without a node is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stage {
@@ -61,7 +65,8 @@ pub fn stage(pod: &Pod) -> Option<Stage> {
     (asks && !refused(pod)).then_some(Stage::Opened(waiting))
 }
 
-/// Whether the scheduler told that it found no place, and evicts nobody for it.
+/// Whether the scheduler told that it found no place, and evicts nobody for it. A refusal while nobody led is none: the
+/// pod had no turn.
 fn refused(pod: &Pod) -> bool {
     let Some(status) = &pod.status else { return false };
     let nominated = status.nominated_node_name.as_deref().unwrap_or_default();
@@ -70,7 +75,8 @@ fn refused(pod: &Pod) -> bool {
         .iter()
         .flatten()
         .filter(|condition| condition.type_ == "PodScheduled" && condition.status == "False")
-        .any(|condition| condition.reason.as_deref() == Some("Unschedulable"));
+        .filter(|condition| condition.reason.as_deref() == Some("Unschedulable"))
+        .any(|condition| !condition.message.iter().any(|words| words.contains(NO_LEADER)));
     unschedulable && nominated.is_empty()
 }
 
@@ -184,6 +190,10 @@ mod tests {
         assert_eq!(is(&json!({})), "opened");
         assert_eq!(is(&condition("SchedulingGated")), "opened");
         assert_eq!(is(&condition("Unschedulable")), "neither");
+        let mut leaderless = condition("Unschedulable");
+        leaderless["status"]["conditions"][0]["message"] =
+            format!("0/4 nodes are available: 3 {NO_LEADER}.").into();
+        assert_eq!(is(&leaderless), "opened");
         let mut nominated = condition("Unschedulable");
         nominated["status"]["nominatedNodeName"] = "n".into();
         assert_eq!(is(&nominated), "opened");

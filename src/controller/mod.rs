@@ -293,7 +293,7 @@ async fn lead(context: Context, extender: Arc<Extender>, shutdown: &Cancellation
             since: Instant::now(),
             ..context.clone()
         };
-        let mut reconcilers = reconcilers(&context, &stop);
+        let mut reconcilers = reconcilers(&context, &extender, &stop);
         reconcilers.spawn(answer_scheduler(extender.clone(), stop.clone()));
         tokio::select! {
             _ = state.wait_for(|state| !leading(state)) => {}
@@ -315,7 +315,7 @@ async fn answer_scheduler(extender: Arc<Extender>, stop: CancellationToken) {
     stop.cancelled().await;
 }
 
-fn reconcilers(context: &Context, stop: &CancellationToken) -> JoinSet<()> {
+fn reconcilers(context: &Context, extender: &Arc<Extender>, stop: &CancellationToken) -> JoinSet<()> {
     let mut running = JoinSet::new();
     let unplaceable = Unplaceable::default();
     let (view, gates, metrics) = (&context.view, &context.gates, &context.metrics);
@@ -343,7 +343,7 @@ fn reconcilers(context: &Context, stop: &CancellationToken) -> JoinSet<()> {
         stop.clone(),
     ));
     running.spawn(drive(
-        waiting::Waiting::new(context.clone()),
+        waiting::Waiting::new(context.clone(), extender.clone()),
         metrics.clone(),
         vec![view.changed.clone(), context.ledger.freed()],
         stop.clone(),

@@ -21,10 +21,13 @@ use crate::api::units::PodUid;
 use crate::cluster::call::{CallError, limited};
 use crate::cluster::events::{self, Told};
 use crate::cluster::waiting::{self, Stage};
+use crate::extender::Extender;
 use crate::plan::waiting::{self as plan, Ask, Cluster, Needs, Opening};
 
 /// While pods wait, they are looked at this often: reservations end by time, which nobody tells of.
 const TICK: Duration = Duration::from_secs(1);
+/// A leader that does not answer the scheduler yet looks again after this long.
+const NOT_YET: Duration = Duration::from_millis(20);
 /// Gates taken off in one pass; the rest follows in the next.
 const BATCH: usize = 128;
 /// Of those, on their way at one time.
@@ -39,6 +42,8 @@ const REASONS: usize = 16;
 /// Lets waiting pods on.
 pub struct Waiting {
     context: Context,
+    /// What the scheduler asks about a pod once its gate is off.
+    extender: Arc<Extender>,
     /// Gates that are off, though the view may not show it yet.
     opened: HashMap<PodUid, Instant>,
     /// What each waiting pod was told, and when.
@@ -59,9 +64,10 @@ struct Pods {
 impl Waiting {
     /// A reconciler that has done nothing yet.
     #[must_use]
-    pub fn new(context: Context) -> Self {
+    pub fn new(context: Context, extender: Arc<Extender>) -> Self {
         Self {
             context,
+            extender,
             opened: HashMap::new(),
             told: HashMap::new(),
             backoff: Backoff::default(),
@@ -229,6 +235,10 @@ impl Reconciler for Waiting {
         self.context.metrics.waiting_pods.set(count);
         if pods.gated.is_empty() {
             return None;
+        }
+        // The scheduler would be refused, and would then wait before it asks again.
+        if !self.extender.decides() {
+            return Some(NOT_YET);
         }
         let now_ms = u64::try_from(self.context.began.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.context.ledger.update(|ledger| ledger.expire(now_ms));

@@ -172,7 +172,8 @@ impl Extender {
     }
 
     /// Whether this replica decides at this very moment: it leads, and knows what was bound before it did.
-    fn decides(&self) -> bool {
+    #[must_use]
+    pub fn decides(&self) -> bool {
         self.leadership
             .term_now()
             .is_some_and(|term| term == self.caught_up.load(Ordering::Acquire))

@@ -12,16 +12,13 @@ use crate::api::gpu_request::GpuRequest;
 use crate::api::packing::Packing;
 use crate::api::units::PodUid;
 use crate::cluster::ledger_feed::SharedLedger;
+use crate::cluster::waiting::NO_LEADER;
 use crate::plan::ledger::{Claim, Entry, Ledger, NodeState, Shut, Stage};
 use crate::plan::placement::{self, Choice, Judge, Mix, NodeRefusal, Reasons, Want};
 
 /// A winner's reservation stands this long without a bind; the scheduler's own bind comes within milliseconds, after
 /// minutes at most where a volume has to be made first, and then bind looks for room again.
 const RESERVED: Duration = Duration::from_secs(10);
-/// What every node is refused with while nobody leads.
-pub(super) const NO_LEADER: &str =
-    "Ebb's controller is choosing a new leader; the pod is tried again as soon as there is one";
-
 /// An answer's bytes, or why the body is no request.
 pub(super) type Answer = serde_json::Result<Vec<u8>>;
 
