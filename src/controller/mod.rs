@@ -160,7 +160,12 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
         began: Instant::now(),
         since: Instant::now(),
     };
-    let extender = extender(&args, &context, &certificates);
+    let extender = extender(
+        &args,
+        &context,
+        &certificates,
+        extender::Metrics::new(&mut registry),
+    );
     let routers = Routers {
         webhook: webhook::router(webhook::Context {
             view: context.view.clone(),
@@ -229,7 +234,12 @@ struct Routers {
     link: Router,
 }
 
-fn extender(args: &Args, context: &Context, certificates: &Certificates) -> Arc<Extender> {
+fn extender(
+    args: &Args,
+    context: &Context,
+    certificates: &Certificates,
+    metrics: extender::Metrics,
+) -> Arc<Extender> {
     let service = format!("{}.{}.svc", names::CONTROLLER, args.namespace);
     Extender::new(extender::Parts {
         client: context.client.clone(),
@@ -240,6 +250,7 @@ fn extender(args: &Args, context: &Context, certificates: &Certificates) -> Arc<
         port: args.extender_port,
         device_names: args.gpu_device_names,
         started: context.began,
+        metrics,
     })
 }
 

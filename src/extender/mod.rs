@@ -13,6 +13,7 @@
 //! earlier leader still has on its way is shut out by [`term_mark`].
 
 mod bind;
+mod metrics;
 mod refused;
 mod term_mark;
 #[cfg(test)]
@@ -50,6 +51,7 @@ use crate::cluster::view::View;
 use crate::plan::placement::Mix;
 use crate::serve::forward::Forwarder;
 use crate::serve::lease::Leadership;
+pub use metrics::Metrics;
 use verbs::{Desk, Verb};
 
 /// Largest body taken: 5,000 whole nodes of 3 KiB and a pod of a megabyte fit.
@@ -106,6 +108,8 @@ pub struct Parts {
     pub device_names: DeviceNames,
     /// Zero of the ledger's clock.
     pub started: Instant,
+    /// Figures for `/metrics`.
+    pub metrics: Metrics,
 }
 
 /// What the handlers work with.
@@ -315,6 +319,7 @@ async fn decide(extender: &Extender, request: Request, verb: Verb) -> Response {
         Err(refusal) => return refusal,
     };
     let answer = if extender.decides() {
+        extender.metrics.decided(verb);
         let desk = Desk {
             ledger: &extender.ledger,
             refused: &extender.refused,

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use prometheus_client::encoding::EncodeLabelValue;
 
 use super::refused::Refused;
 use super::wire::{self, Candidates};
@@ -42,7 +43,7 @@ impl Desk<'_> {
 }
 
 /// The verbs that only ask the ledger.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
 pub(super) enum Verb {
     Filter,
     Prioritize,

@@ -10,7 +10,6 @@
 //! Its readiness probe has a period of 10 s, so nobody who waited for the kubelet would come near.
 
 use std::collections::BTreeMap;
-use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::{Duration, Instant, UNIX_EPOCH};
@@ -21,6 +20,7 @@ use kube::Api;
 use kube::api::{Patch, PatchParams};
 use serde_json::{Value, json};
 
+use super::progress;
 use super::report::{Figure, Report};
 use crate::demo::observe::{What, node_of};
 use crate::demo::traffic::{self, Tally};
@@ -201,16 +201,4 @@ async fn scale(site: &Site, namespace: &str, name: &str, replicas: u32) -> anyho
     let patch = Patch::Merge(json!({"spec": {"replicas": replicas}}));
     api.patch_scale(name, &PatchParams::default(), &patch).await?;
     Ok(())
-}
-
-/// One line on stderr, redrawn on a terminal.
-fn progress(text: &str) {
-    let mut out = std::io::stderr().lock();
-    let _ = if std::io::IsTerminal::is_terminal(&out) {
-        write!(out, "\r\x1b[K{text}").and_then(|()| out.flush())
-    } else if text.is_empty() {
-        Ok(())
-    } else {
-        writeln!(out, "{text}")
-    };
 }
