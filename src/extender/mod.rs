@@ -7,7 +7,8 @@
 //!    background, so that the next pod's filter can come before this pod's bind: the likely winner's memory is held in
 //!    the ledger from here on.
 //! 2. [`bind`]: the hold becomes a Binding, one write that sets node and GPUs; the watch then turns it into an entry.
-//! 3. [`refused`]: a pod that found no room is tried again when memory frees, by a Node event.
+//! 3. [`refused`]: a pod that found no room is tried again when memory frees, by a Node event. Most never come that far:
+//!    they wait behind a scheduling gate (`plan::waiting`) until there is room.
 //!
 //! Only the leader decides. The other replicas pass requests on to it, and refuse in words when there is none. What an
 //! earlier leader still has on its way is shut out by [`term_mark`].

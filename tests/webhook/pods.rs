@@ -129,6 +129,11 @@ pub async fn gated(ebb: &Installation) {
         let object: Value = serde_json::from_str(&of_class(class).await.stdout).unwrap();
         assert_eq!(&object["spec"]["schedulingGates"], expected, "{class}");
     }
+    // What the README says of pods that still wait when Ebb is taken away.
+    ebb.ok(&["create", "-f", "-"], &pod("stranded").to_string()).await;
+    let waiting = "--field-selector=spec.schedulerName=ebb-scheduler,spec.nodeName=";
+    let output = ebb.ok(&["delete", "pods", "-A", waiting], "").await;
+    assert!(output.stdout.contains("stranded") && !output.stdout.contains("full"), "{}", output.stdout);
     ebb.ok(&["delete", "pod", "full", "--grace-period=0", "--force"], "")
         .await;
     within("the card is free again", async || {
