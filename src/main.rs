@@ -26,6 +26,8 @@ enum Command {
     Agent(ebb::agent::Args),
     /// Print the CustomResourceDefinitions as YAML.
     Crds,
+    /// Print what registers Ebb with kube-scheduler, as YAML.
+    Scheduler(ebb::extender::registration::Args),
 }
 
 /// Exit code for arguments or configuration that cannot work (`EX_USAGE`): a restart will not help.
@@ -64,6 +66,7 @@ fn main() -> ExitCode {
             Command::Gate(args) => ebb::gate::run(args, shutdown).await,
             Command::Agent(args) => ebb::agent::run(args, shutdown).await,
             Command::Crds => Ok(()),
+            Command::Scheduler(args) => ebb::extender::registration::run(args).await,
         }
     });
     match result {

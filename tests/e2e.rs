@@ -8,6 +8,8 @@
 
 #[path = "e2e/apply.rs"]
 mod apply;
+#[path = "e2e/cards.rs"]
+mod cards;
 #[path = "e2e/fail_open.rs"]
 mod fail_open;
 #[path = "e2e/stage.rs"]
@@ -35,4 +37,11 @@ fn e2e_apply_is_clean() {
 #[test]
 fn e2e_fail_open() {
     on_a_site(|stage| Box::pin(fail_open::all(stage)));
+}
+
+/// One manifest on cards of two sizes is told the right share of each; the cluster's own scheduler packs as well as
+/// Ebb's once it has the configuration that the program writes.
+#[test]
+fn e2e_cards_and_schedulers() {
+    on_a_site(|stage| Box::pin(cards::all(stage)));
 }

@@ -6,6 +6,8 @@
 mod client;
 #[path = "extender/hall.rs"]
 mod hall;
+#[path = "extender/preempt.rs"]
+mod preempt;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -61,6 +63,10 @@ async fn scenarios(hall: &mut Hall) -> anyhow::Result<()> {
     evicts_instead_of_waiting(hall).await?;
     step("a GPU that frees without any event for the scheduler, for a pod that was refused");
     freed_in_silence(hall).await?;
+    step("a pod of higher priority gets the room of one, and of no more");
+    preempt::room_is_made(hall).await?;
+    step("nobody is evicted whose going does not help");
+    preempt::nobody_goes_for_nothing(hall).await?;
     step("crash: the leader is killed within a burst");
     leader_killed(hall).await
 }

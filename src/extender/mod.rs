@@ -16,6 +16,7 @@
 mod bind;
 mod metrics;
 mod refused;
+pub mod registration;
 mod term_mark;
 #[cfg(test)]
 mod tests;
