@@ -18,6 +18,7 @@ use ebb_lab::node::NodeSpec;
 use futures::future::try_join_all;
 use hall::{GIB, Hall, STEP};
 use kube::ResourceExt as _;
+use kube::api::{Patch, PatchParams};
 use serde_json::json;
 
 /// Longest that all scenarios take.
@@ -57,9 +58,13 @@ async fn scenarios(hall: &mut Hall) -> anyhow::Result<()> {
     several_and_whole(hall).await?;
     step("a burst that exactly fills all GPUs");
     burst(hall).await?;
-    step("a refused pod is told why, and bound when memory frees");
-    refused_then_bound(hall).await?;
-    step("a GPU that frees without any event for the scheduler");
+    step("pods without room wait behind a gate, are told why, and go on in order, no more than fit");
+    gated_then_bound(hall).await?;
+    step("crash: the leader is killed while pods wait");
+    gated_while_nobody_leads(hall).await?;
+    step("a pod that can evict is not gated");
+    evicts_instead_of_waiting(hall).await?;
+    step("a GPU that frees without any event for the scheduler, for a pod that was refused");
     freed_in_silence(hall).await?;
     step("a pod of higher priority gets the room of one, and of no more");
     preempt::room_is_made(hall).await?;
@@ -194,21 +199,71 @@ async fn burst(hall: &Hall) -> anyhow::Result<()> {
     per_gpu(hall, 40 * GIB, 12).await
 }
 
-async fn refused_then_bound(hall: &Hall) -> anyhow::Result<()> {
-    hall.create("late", 8 * GIB, json!({})).await?;
-    let told = hall.refused("late").await?;
-    // Nodes are full in total, so the scheduler's own resource check may speak before the extender is asked.
-    ensure!(told.contains("0/4 nodes are available"), "{told}");
+async fn gated_then_bound(hall: &Hall) -> anyhow::Result<()> {
+    // Nothing is free. Ages count in seconds, and of equal ones the names. A large one, four of which there will be room for two, and one that comes last and first.
+    let never = json!({"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass",
+        "metadata": {"name": "first"}, "value": 10, "preemptionPolicy": "Never"});
+    hall.site.apply(&never.to_string()).await?;
+    let large = hall.create("large", 40 * GIB, json!({})).await?;
+    for index in 0..4 {
+        hall.create(&format!("wait-{index}"), 8 * GIB, json!({})).await?;
+    }
+    let first = json!({"spec": {"priorityClassName": "first"}});
+    hall.create_with("urgent", 8 * GIB, first).await?;
+    for name in ["large", "wait-0", "wait-1", "wait-2", "wait-3", "urgent"] {
+        ensure!(hall.is_gated(name).await?, "{name} was not gated");
+    }
+    let told = hall.event(&large, "WaitsForGpuMemory").await?;
+    let words = "0 of 3 GPU nodes have room for 40 GiB on one GPU: 3 no GPU with 40 GiB free; nearest: GPU ";
+    ensure!(
+        told.starts_with(words) && told.contains(" has 0 B free, 40 GiB asked"),
+        "{told}"
+    );
+
+    // One that is deleted while it waits is nobody's predecessor.
+    hall.delete("wait-0").await?;
     hall.delete("burst-7").await?;
-    hall.bound("late").await?;
+    hall.bound("urgent").await?;
+    hall.delete("burst-8").await?;
+    hall.bound("wait-1").await?;
+    // Whoever is told after that was looked at after that, and so were the others.
+    let late = hall.create("wait-late", 8 * GIB, json!({})).await?;
+    hall.event(&late, "WaitsForGpuMemory").await?;
+    for name in ["large", "wait-2", "wait-3", "wait-late"] {
+        ensure!(hall.is_gated(name).await?, "{name} was let on without room");
+    }
     per_gpu(hall, 40 * GIB, 12).await
+}
+
+async fn gated_while_nobody_leads(hall: &Hall) -> anyhow::Result<()> {
+    let (leader, _) = hall.leader().await?;
+    hall.kill(&leader)?;
+    hall.delete("burst-9").await?;
+    // wait-2 is before wait-3 and wait-late, and large is too large.
+    hall.bound("wait-2").await?;
+    ensure!(hall.is_gated("wait-3").await? && hall.is_gated("large").await?);
+    per_gpu(hall, 40 * GIB, 12).await
+}
+
+async fn evicts_instead_of_waiting(hall: &Hall) -> anyhow::Result<()> {
+    let high = json!({"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass",
+        "metadata": {"name": "evicts"}, "value": 100});
+    hall.site.apply(&high.to_string()).await?;
+    let evicts = json!({"spec": {"priorityClassName": "evicts"}});
+    hall.create_with("evicting", 8 * GIB, evicts).await?;
+    ensure!(
+        !hall.is_gated("evicting").await?,
+        "the scheduler must see it to evict for it"
+    );
+    hall.bound("evicting").await?;
+    hall.check_reservations()
 }
 
 async fn freed_in_silence(hall: &Hall) -> anyhow::Result<()> {
     hall.clear().await?;
     // Every card has memory in use by something that is no pod.
-    let told = |used: u64| {
-        try_join_all(["gpu-a", "gpu-b", "gpu-c"].map(|node| {
+    let told = async |nodes: &[&str], used: u64| {
+        try_join_all(nodes.iter().map(|node| {
             let gpus = (0..4).map(|index| {
                 let mut gpu = hall.gpu(node, index, 40 * GIB);
                 gpu["memoryUsed"] = json!(used);
@@ -216,20 +271,76 @@ async fn freed_in_silence(hall: &Hall) -> anyhow::Result<()> {
             });
             hall.tell_gpus(node, gpus.collect())
         }))
+        .await
     };
-    told(30 * GIB).await?;
-    // The ledger's watch is not ours: give it a moment.
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    hall.create("silent", 18 * GIB, json!({})).await?;
+    let all = ["gpu-a", "gpu-b", "gpu-c"];
+    // Made while there is room, and kept back by somebody else until there is none: the scheduler sees it.
+    ungated(hall, "silent", 18 * GIB).await?;
+    told(&all, 30 * GIB).await?;
+    // The ledger's watch is not ours: what a waiting pod is told shows what has come.
+    let words = "3 no GPU with 18 GiB free; nearest: GPU 0 of gpu-a has 10 GiB free, 18 GiB asked; 30 GiB held by \
+                 processes outside Kubernetes";
+    until_told(hall, 18 * GIB, words).await?;
+    let retries = hall.note_retries();
+    let free = json!([{"op": "remove", "path": "/spec/schedulingGates"}]);
+    let free = Patch::Json::<()>(serde_json::from_value(free)?);
+    hall.pods()
+        .patch("silent", &PatchParams::default(), &free)
+        .await?;
     let text = hall.refused("silent").await?;
     ensure!(text.contains("has 10 GiB free, 18 GiB asked"), "{text}");
     ensure!(text.contains("2 no GPU with 18 GiB free"), "{text}");
+    // Memory that frees and is not enough is no reason to try again.
+    told(&["gpu-a"], 29 * GIB).await?;
+    until_told(hall, 30 * GIB, "nearest: GPU 0 of gpu-a has 11 GiB free").await?;
+    ensure!(retries.seen().is_empty(), "{:?}", retries.seen());
     let began = tokio::time::Instant::now();
-    told(0).await?;
+    told(&["gpu-b"], 0).await?;
     hall.bound("silent").await?;
     println!("   bound {} ms after the GPUs freed", began.elapsed().as_millis());
     ensure!(began.elapsed() < STEP / 4, "only a stray event helped");
+    told(&all, 0).await?;
+    // Whoever is bound by now was bound after the retry, and so its watch event has come soon.
+    while retries.seen().is_empty() {
+        ensure!(began.elapsed() < STEP, "no retry");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    ensure!(retries.seen().len() == 1, "one retry, not {:?}", retries.seen());
     hall.clear().await
+}
+
+/// Creates a pod behind a gate of somebody else's alone, once there is room for it.
+async fn ungated(hall: &Hall, name: &str, bytes: u64) -> anyhow::Result<()> {
+    let deadline = tokio::time::Instant::now() + STEP;
+    loop {
+        let kept = json!({"spec": {"schedulingGates": [{"name": "test/kept"}]}});
+        hall.create_with(name, bytes, kept).await?;
+        if !hall.is_gated(name).await? {
+            return Ok(());
+        }
+        hall.delete(name).await?;
+        ensure!(tokio::time::Instant::now() < deadline, "{name} has no room");
+    }
+}
+
+/// Creates pods of that size until one waits for these words.
+async fn until_told(hall: &Hall, bytes: u64, words: &str) -> anyhow::Result<()> {
+    let deadline = tokio::time::Instant::now() + STEP;
+    for index in 0.. {
+        let name = format!("probe-{}-{index}", bytes / GIB);
+        let pod = hall.create(&name, bytes, json!({})).await?;
+        let told = if hall.is_gated(&name).await? {
+            hall.event(&pod, "WaitsForGpuMemory").await?
+        } else {
+            "it has room".to_owned()
+        };
+        hall.delete(&name).await?;
+        if told.contains(words) {
+            return Ok(());
+        }
+        ensure!(tokio::time::Instant::now() < deadline, "{name}: {told}");
+    }
+    unreachable!("the loop has no end")
 }
 
 async fn leader_killed(hall: &Hall) -> anyhow::Result<()> {

@@ -121,7 +121,8 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
         "cannot find the API server: run this in a pod with a ServiceAccount, or point KUBECONFIG at a cluster",
     )?;
     let reader = NvmlReader::new(&args.proc_path);
-    run_with(args, client, reader, shutdown).await
+    // On the heap: the agent's future is large, and lives as long as the process.
+    Box::pin(run_with(args, client, reader, shutdown)).await
 }
 
 /// The same with the API server and the GPUs given.

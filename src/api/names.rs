@@ -48,6 +48,10 @@ pub const MEMORY_SHARE_ENV: &str = "EBB_GPU_MEMORY_SHARE";
 pub const RUNTIME_CLASS: &str = "nvidia";
 /// The scheduler's name that pods have when nobody chose one.
 pub const DEFAULT_SCHEDULER: &str = "default-scheduler";
+/// Scheduling gate of a pod that waits until some GPU has room for it.
+pub const SCHEDULING_GATE: &str = "ebb.dev/gpu-memory";
+/// Label with the value `true` on nodes that have GPUs; the agents' DaemonSet selects it.
+pub const GPU_LABEL: &str = "nvidia.com/gpu.present";
 
 const AGENT_LEASE_PREFIX: &str = "ebb-agent-";
 

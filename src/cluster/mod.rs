@@ -9,4 +9,5 @@ pub mod rooms;
 pub mod scale;
 pub mod slices;
 pub mod view;
+pub mod waiting;
 pub mod workloads;

@@ -17,6 +17,8 @@ pub enum Part {
     Policies,
     /// Nodes: release, ask.
     Nodes,
+    /// Pods behind Ebb's scheduling gate.
+    Waiting,
 }
 
 /// Which reconciler.
@@ -43,6 +45,10 @@ pub struct Metrics {
     pub nodes_asked: Counter,
     /// Nodes whose removal was asked for.
     pub nodes_released: Counter,
+    /// Pods behind Ebb's scheduling gate.
+    pub waiting_pods: Gauge,
+    /// Scheduling gates taken off.
+    pub gates_opened: Counter,
     /// Passes of each reconciler.
     pub passes: Family<PartLabel, Counter>,
     /// Writes or calls that failed.
@@ -77,6 +83,16 @@ impl Metrics {
             "ebb_nodes_released",
             "Nodes whose removal providers were asked for",
             &this.nodes_released,
+        );
+        counter(
+            "ebb_scheduling_gates_opened",
+            "Scheduling gates that were taken off pods",
+            &this.gates_opened,
+        );
+        registry.register(
+            "ebb_waiting_pods",
+            "Pods behind Ebb's scheduling gate",
+            this.waiting_pods.clone(),
         );
         registry.register("ebb_gate_links", "Gates with a live link", this.links.clone());
         registry.register(

@@ -5,7 +5,8 @@
 //!  API server ───▶│ 9443 webhook        view (reflectors) ─────┼──▶│ workloads   sleep, n→m │──▶ scale
 //!  scheduler ────▶│ 9444 extender  ◀─ ledger ◀┘                │   │ services    slices     │──▶ slices, Services
 //!  gates ────────▶│ 9445 link (leads, or says who does) ───────┼──▶│ nodes       release    │──▶ Nodes, provider
-//!                 │ 8080 health, metrics                       │   │ policies    adopt      │──▶ annotations
+//!                 │ 8080 health, metrics                       │   │ waiting     gates      │──▶ pods
+//!                 │                                            │   │ policies    adopt      │──▶ annotations
 //!                 └────────────────────────────────────────────┘   └────────────────────────┘
 //! ```
 //!
@@ -25,6 +26,7 @@ mod reach;
 mod reconcile;
 mod services;
 mod tokens;
+mod waiting;
 mod workloads;
 
 use std::net::{IpAddr, SocketAddr};
@@ -165,6 +167,7 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
     let routers = Routers {
         webhook: webhook::router(webhook::Context {
             view: context.view.clone(),
+            ledger: context.ledger.clone(),
             namespace: args.namespace.clone(),
             runtime_class,
             metrics: webhook::Metrics::new(&mut registry),
@@ -299,7 +302,7 @@ async fn lead(context: Context, extender: Arc<Extender>, shutdown: &Cancellation
             since: Instant::now(),
             ..context.clone()
         };
-        let mut reconcilers = reconcilers(&context, &stop);
+        let mut reconcilers = reconcilers(&context, &extender, &stop);
         reconcilers.spawn(answer_scheduler(extender.clone(), stop.clone()));
         tokio::select! {
             _ = state.wait_for(|state| !leading(state)) => {}
@@ -321,7 +324,7 @@ async fn answer_scheduler(extender: Arc<Extender>, stop: CancellationToken) {
     stop.cancelled().await;
 }
 
-fn reconcilers(context: &Context, stop: &CancellationToken) -> JoinSet<()> {
+fn reconcilers(context: &Context, extender: &Arc<Extender>, stop: &CancellationToken) -> JoinSet<()> {
     let mut running = JoinSet::new();
     let unplaceable = Unplaceable::default();
     let (view, gates, metrics) = (&context.view, &context.gates, &context.metrics);
@@ -346,6 +349,12 @@ fn reconcilers(context: &Context, stop: &CancellationToken) -> JoinSet<()> {
         nodes::Nodes::new(context.clone(), unplaceable),
         metrics.clone(),
         vec![view.changed.clone()],
+        stop.clone(),
+    ));
+    running.spawn(drive(
+        waiting::Waiting::new(context.clone(), extender.clone()),
+        metrics.clone(),
+        vec![view.changed.clone(), context.ledger.freed()],
         stop.clone(),
     ));
     running.spawn(drive(

@@ -7,7 +7,8 @@
 //!    kube-scheduler binds in the background, so that the next pod's filter can come before this pod's bind: the likely
 //!    winner's memory is held in the ledger from here on.
 //! 2. [`bind`]: the hold becomes a Binding, one write that sets node and GPUs; the watch then turns it into an entry.
-//! 3. [`refused`]: a pod that found no room is tried again when memory frees, by a Node event.
+//! 3. [`refused`]: a pod that found no room is tried again when memory frees, by a Node event. Most never come that far:
+//!    they wait behind a scheduling gate (`plan::waiting`) until there is room.
 //!
 //! Only the leader decides. The other replicas pass requests on to it, and refuse in words when there is none. What an
 //! earlier leader still has on its way is shut out by [`term_mark`].
@@ -184,7 +185,8 @@ impl Extender {
     }
 
     /// Whether this replica decides at this very moment: it leads, and knows what was bound before it did.
-    fn decides(&self) -> bool {
+    #[must_use]
+    pub fn decides(&self) -> bool {
         self.leadership
             .term_now()
             .is_some_and(|term| term == *self.caught_up.borrow())
@@ -361,6 +363,7 @@ async fn decide(extender: &Extender, request: Request, verb: Verb) -> Response {
         Err(refusal) => return refusal,
     };
     let answer = if extender.decides_soon().await {
+        extender.metrics.decided(verb);
         let desk = Desk {
             ledger: &extender.ledger,
             refused: &extender.refused,

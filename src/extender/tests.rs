@@ -6,11 +6,11 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 use super::refused::Refused;
-use super::verbs::NO_LEADER;
 use super::*;
 use crate::api::gpu_request::Sharing;
 use crate::api::host::Host;
 use crate::api::units::{Bytes, PodUid};
+use crate::cluster::waiting::NO_LEADER;
 use crate::plan::ledger::{Claim, Entry, Event, GpuFacts, Images, Inventory, NodeFacts, PodFacts};
 
 const FILTER: &str = include_str!("../../tests/fixtures/kube-scheduler/filter-nodecachecapable.json");

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use prometheus_client::encoding::EncodeLabelValue;
 
 use super::refused::Refused;
 use super::wire::{self, Candidates, Failed};
@@ -13,6 +14,7 @@ use crate::api::gpu_request::GpuRequest;
 use crate::api::packing::Packing;
 use crate::api::units::PodUid;
 use crate::cluster::ledger_feed::SharedLedger;
+use crate::cluster::waiting::NO_LEADER;
 use crate::plan::ledger::{Claim, Entry, NodeState, Shut, Stage};
 use crate::plan::placement::{self, Choice, Judge, Mix, NodeRefusal, Reasons, Survey, Want};
 
@@ -21,9 +23,6 @@ use crate::plan::placement::{self, Choice, Judge, Mix, NodeRefusal, Reasons, Sur
 const RESERVED: Duration = Duration::from_secs(10);
 /// So many nodes are enough to choose from: see [`Outcome::Best`].
 const ENOUGH: usize = 100;
-/// What every node is refused with while nobody leads.
-pub(super) const NO_LEADER: &str =
-    "Ebb's controller is choosing a new leader; the pod is tried again as soon as there is one";
 
 /// An answer's bytes, or why the body is no request.
 pub type Answer = serde_json::Result<Vec<u8>>;
@@ -52,7 +51,7 @@ impl Desk<'_> {
 }
 
 /// The verbs that only ask the ledger.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
 pub enum Verb {
     /// Which nodes have room.
     Filter,

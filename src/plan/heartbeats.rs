@@ -293,6 +293,7 @@ mod tests {
             fence: None,
             allocatable: None,
             labels: Arc::default(),
+            images: Default::default(),
         });
         let inventory = Event::Inventory(Inventory {
             node: node(),

@@ -15,4 +15,5 @@ pub mod placement;
 pub mod release;
 pub mod room;
 pub mod sleep;
+pub mod waiting;
 pub mod wake_failure;

@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::core::v1::{Pod, Service};
 use kube::ResourceExt;
 use serde_json::Value;
 
 use crate::api::scale_policy::ScalePolicy;
+use crate::cluster::ledger_feed::SharedLedger;
 use crate::cluster::view::View;
+use crate::cluster::waiting;
 use crate::cluster::workloads::{IntoWorkload, Workload, service_facts};
 use crate::plan::admission::select::Policy;
 use crate::plan::gating::{self, Gating, Labels};
@@ -59,6 +61,13 @@ pub(super) fn gating(view: &View, namespace: &str, service: &Value) -> Gating {
             .iter()
             .map(|(workload, labels)| (&workload.reference, labels)),
     )
+}
+
+/// Why no GPU has room for a pod now, where that is so.
+pub(super) fn no_room(view: &View, ledger: &SharedLedger, pod: &Value) -> Option<String> {
+    let pod = serde_json::from_value::<Pod>(pod.clone()).ok()?;
+    let refusal = waiting::room_for(view, ledger, waiting::ask(&pod)?).err()?;
+    Some(refusal.to_string())
 }
 
 fn managed<'a>(view: &'a View, namespace: &'a str) -> impl Iterator<Item = Workload> + 'a {

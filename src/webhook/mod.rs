@@ -25,6 +25,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 
+use crate::cluster::ledger_feed::SharedLedger;
 use crate::cluster::view::View;
 use crate::plan::admission::{Request, Requester, Verdict, pod, policies, service, workload};
 use review::{Answer, Review, ReviewRequest};
@@ -37,6 +38,8 @@ const MAX_BODY: usize = 3 << 20;
 pub struct Context {
     /// The cluster as it is.
     pub view: View,
+    /// Who has how much of which GPU.
+    pub ledger: SharedLedger,
     /// Namespace that Ebb runs in.
     pub namespace: String,
     /// Whether the cluster has NVIDIA's RuntimeClass; see [`runtime_class::follow`].
@@ -175,7 +178,13 @@ fn decide(context: &Context, kind: Kind, review: &ReviewRequest) -> Verdict {
             let policies = facts::Policies::of(&context.view);
             workload::workload(request, &labels, policies.iter())
         }
-        Kind::MutatePods => pod::create(request, *context.runtime_class.borrow()),
+        Kind::MutatePods => {
+            let cluster = pod::Cluster {
+                runtime_class: *context.runtime_class.borrow(),
+                no_room: &|| facts::no_room(&context.view, &context.ledger, object),
+            };
+            pod::create(request, &cluster)
+        }
         Kind::MutateServices => {
             service::service(request, &facts::gating(&context.view, &review.namespace, object))
         }

@@ -1,17 +1,20 @@
 //! Ebb installed on a cluster whose GPU nodes are objects only: nobody runs the pods, so that hundreds of them cost
 //! nothing, and all that is seen is who was bound where.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use ebb::api::gpu_node::GpuNode;
 use ebb_lab::ebb_install::{EBB, MODELS, Plan, Site};
+use futures::StreamExt as _;
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{Node, Pod};
-use k8s_openapi::api::events::v1::Event;
+use k8s_openapi::api::core::v1::{Event, Node, Pod};
+use k8s_openapi::api::events;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::runtime::watcher;
 use kube::{Api, ResourceExt as _};
 use serde_json::{Value, json};
 use tokio_util::task::AbortOnDropHandle;
@@ -33,6 +36,18 @@ pub struct Place {
     pub gpus: Vec<String>,
     pub bytes: u64,
     pub share: String,
+}
+
+/// The different retries that were caused; see [`Hall::note_retries`].
+pub struct Retries {
+    seen: Arc<Mutex<BTreeSet<(String, String)>>>,
+    _task: AbortOnDropHandle<()>,
+}
+
+impl Retries {
+    pub fn seen(&self) -> BTreeSet<(String, String)> {
+        self.seen.lock().unwrap().clone()
+    }
 }
 
 pub struct Hall {
@@ -136,8 +151,14 @@ impl Hall {
 
     /// Creates a pod that asks for this much GPU memory.
     pub async fn create(&self, name: &str, bytes: u64, annotations: Value) -> anyhow::Result<Pod> {
-        let pod = json!({
-            "metadata": {"name": name, "annotations": annotations},
+        self.create_with(name, bytes, json!({"metadata": {"annotations": annotations}}))
+            .await
+    }
+
+    /// The same with more of a pod merged in.
+    pub async fn create_with(&self, name: &str, bytes: u64, extra: Value) -> anyhow::Result<Pod> {
+        let mut pod = json!({
+            "metadata": {"name": name},
             "spec": {
                 "schedulerName": "ebb-scheduler",
                 "terminationGracePeriodSeconds": 0,
@@ -145,6 +166,7 @@ impl Hall {
                     "resources": {"limits": {"ebb.dev/gpu-memory": bytes.to_string()}}}],
             },
         });
+        json_patch::merge(&mut pod, &extra);
         let pod = serde_json::from_value(pod)?;
         let deadline = tokio::time::Instant::now() + STEP;
         loop {
@@ -221,7 +243,9 @@ impl Hall {
                 .status
                 .and_then(|status| status.conditions)
                 .unwrap_or_default();
-            let told = conditions.into_iter().find(|c| c.type_ == "PodScheduled");
+            let mut told = conditions.into_iter();
+            let told =
+                told.find(|c| c.type_ == "PodScheduled" && c.reason.as_deref() == Some("Unschedulable"));
             if let Some(message) = told.and_then(|condition| condition.message) {
                 return Ok(message);
             }
@@ -232,11 +256,11 @@ impl Hall {
 
     /// Waits until an Event on the node's `GpuNode` says this.
     pub async fn told(&self, node: &str, note: &str) -> anyhow::Result<()> {
-        let events: Api<Event> = self.all();
+        let events: Api<events::v1::Event> = self.all();
         let deadline = tokio::time::Instant::now() + STEP;
         loop {
             let list = events.list(&ListParams::default()).await?;
-            let about = |event: &Event| {
+            let about = |event: &events::v1::Event| {
                 let regarding = event.regarding.as_ref();
                 regarding.is_some_and(|object| {
                     object.kind.as_deref() == Some("GpuNode") && object.name.as_deref() == Some(node)
@@ -258,6 +282,63 @@ impl Hall {
                 "{node} is told {notes:?}, not {note:?}"
             );
             tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Whether the pod is behind Ebb's scheduling gate.
+    pub async fn is_gated(&self, name: &str) -> anyhow::Result<bool> {
+        let spec = self.pods().get(name).await?.spec.unwrap_or_default();
+        let mut gates = spec.scheduling_gates.into_iter().flatten();
+        Ok(gates.any(|gate| gate.name == "ebb.dev/gpu-memory"))
+    }
+
+    /// Waits for an Event with that reason about the pod; its words.
+    pub async fn event(&self, pod: &Pod, reason: &str) -> anyhow::Result<String> {
+        let events: Api<Event> = Api::namespaced(self.site.client.clone(), MODELS);
+        let about = format!(
+            "involvedObject.uid={},reason={reason}",
+            pod.uid().unwrap_or_default()
+        );
+        let deadline = tokio::time::Instant::now() + STEP;
+        loop {
+            let told = events.list(&ListParams::default().fields(&about)).await?;
+            if let Some(words) = told.items.into_iter().next().and_then(|event| event.message) {
+                return Ok(words);
+            }
+            ensure!(
+                tokio::time::Instant::now() < deadline,
+                "no Event {reason} about {}",
+                pod.name_any()
+            );
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Notes from now on each time that a Node is annotated to have the scheduler try refused pods again.
+    pub fn note_retries(&self) -> Retries {
+        let seen = Arc::new(Mutex::new(BTreeSet::new()));
+        let (noted, nodes) = (seen.clone(), self.all::<Node>());
+        let task = tokio::spawn(async move {
+            let mut events = std::pin::pin!(watcher::watcher(nodes, watcher::Config::default()));
+            let retry = |node: &Node| {
+                let retry = node.annotations().get("ebb.dev/scheduling-retry")?;
+                Some((node.name_any(), retry.clone()))
+            };
+            let mut before = BTreeSet::new();
+            while let Some(event) = events.next().await {
+                match event {
+                    Ok(watcher::Event::InitApply(node)) => before.extend(retry(&node)),
+                    Ok(watcher::Event::Apply(node)) => {
+                        let new = retry(&node).filter(|retry| !before.contains(retry));
+                        noted.lock().unwrap().extend(new);
+                    }
+                    _ => {}
+                }
+            }
+        });
+        Retries {
+            seen,
+            _task: AbortOnDropHandle::new(task),
         }
     }
 

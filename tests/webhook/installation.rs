@@ -3,7 +3,8 @@
 
 use std::time::Duration;
 
-use ebb::cluster::view::{Hooks, View};
+use ebb::cluster::ledger_feed;
+use ebb::cluster::view::View;
 use ebb::serve::certificates::Certificates;
 use ebb::serve::lease::{LeaderState, Leadership};
 use ebb::serve::{ca_bundle, https};
@@ -73,15 +74,15 @@ impl Installation {
                 .await,
         );
         success(cluster.kubectl(&["create", "namespace", "ebb-system"]).await);
-        let view = View::start(client.clone(), Hooks::default(), stop.clone())
-            .await
-            .unwrap();
+        let (ledger, hooks) = ledger_feed::feed();
+        let view = View::start(client.clone(), hooks, stop.clone()).await.unwrap();
         let certificates = Certificates::start(client.clone(), "ebb-system", stop.clone())
             .await
             .unwrap();
         let mut registry = Registry::default();
         let router = webhook::router(webhook::Context {
             view: view.clone(),
+            ledger,
             namespace: "ebb-system".to_owned(),
             runtime_class: webhook::runtime_class::follow(client.clone(), stop.clone())
                 .await

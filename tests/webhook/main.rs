@@ -74,6 +74,7 @@ async fn admission_on_a_real_api_server() {
     services::gated(&ebb).await;
     services::clean_applies(&ebb).await;
     services::left_alone(&ebb).await;
+    pods::gated(&ebb).await;
     pods::created(&ebb).await;
     pods::refused(&ebb).await;
     pods::frozen(&ebb).await;

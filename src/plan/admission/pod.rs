@@ -22,9 +22,17 @@ const VARIABLES: [(&str, &str); 3] = [
     (names::MEMORY_SHARE_ENV, key::GPU_MEMORY_SHARE),
 ];
 
-/// Decides for a pod that is created. `runtime_class`: whether the cluster has NVIDIA's.
+/// What is known of the cluster that a pod is created in.
+pub struct Cluster<'a> {
+    /// Whether it has NVIDIA's RuntimeClass.
+    pub runtime_class: bool,
+    /// Why no GPU has room for the pod now, where that is so. Asked only where the answer matters.
+    pub no_room: &'a dyn Fn() -> Option<String>,
+}
+
+/// Decides for a pod that is created.
 #[must_use]
-pub fn create(request: Request<'_>, runtime_class: bool) -> Verdict {
+pub fn create(request: Request<'_>, cluster: &Cluster<'_>) -> Verdict {
     if let Some(refusal) = brings_gpus(request.object) {
         return Verdict::refuse(refusal);
     }
@@ -57,7 +65,7 @@ pub fn create(request: Request<'_>, runtime_class: bool) -> Verdict {
             "the pod goes to scheduler {other}: it gets a GPU only if that one asks Ebb's extender"
         )),
     }
-    if runtime_class && spec.runtime_class_name.is_none() {
+    if cluster.runtime_class && spec.runtime_class_name.is_none() {
         verdict
             .patch
             .push(Operation::add("/spec/runtimeClassName", names::RUNTIME_CLASS));
@@ -80,7 +88,40 @@ pub fn create(request: Request<'_>, runtime_class: bool) -> Verdict {
     if let Some(warning) = object["spec"]["containers"].get(gpu).and_then(takes_whole_card) {
         verdict.warnings.push(warning);
     }
+    if goes_to_ebb(&spec)
+        && !is_gated(&spec)
+        && let Some(reason) = (cluster.no_room)()
+    {
+        verdict.patch.push(gate(&spec));
+        verdict
+            .warnings
+            .push(format!("the pod waits for GPU memory: {reason}"));
+    }
     verdict
+}
+
+/// Whether Ebb's scheduler will place it, once it is changed as [`create`] does.
+fn goes_to_ebb(spec: &PodSpec) -> bool {
+    matches!(
+        spec.scheduler_name.as_deref(),
+        None | Some("" | names::DEFAULT_SCHEDULER | names::SCHEDULER)
+    )
+}
+
+/// Whether it has the gate already: it was asked about before, or a person wants it so.
+fn is_gated(spec: &PodSpec) -> bool {
+    let mut gates = spec.scheduling_gates.iter().flatten();
+    gates.any(|gate| gate.name == names::SCHEDULING_GATE)
+}
+
+/// Adds the scheduling gate.
+fn gate(spec: &PodSpec) -> Operation {
+    let gate = json!({"name": names::SCHEDULING_GATE});
+    if spec.scheduling_gates.is_some() {
+        Operation::add("/spec/schedulingGates/-", gate)
+    } else {
+        Operation::add("/spec/schedulingGates", json!([gate]))
+    }
 }
 
 /// The GPU container's environment. Ebb's variables come first, so that a person's own, and arguments, can refer to them

@@ -120,6 +120,35 @@ fn decide(object: &Value, old: Option<&Value>, spec: &ScalePolicySpec) -> Verdic
     workload::workload(request(object, old), &Labels::new(), policies)
 }
 
+fn cluster(runtime_class: bool, full: bool) -> pod::Cluster<'static> {
+    pod::Cluster {
+        runtime_class,
+        no_room: if full {
+            &|| Some("0 of 3 GPU nodes have room".to_owned())
+        } else {
+            &|| None
+        },
+    }
+}
+
+#[test]
+fn only_pods_of_our_own_scheduler_are_gated() {
+    let full = cluster(false, true);
+    for (scheduler, gated) in [
+        (json!(null), true),
+        (json!("default-scheduler"), true),
+        (json!("ebb-scheduler"), true),
+        (json!("other"), false),
+    ] {
+        let object = json!({"metadata": {"name": "p"}, "spec": {"schedulerName": scheduler, "containers": [
+            {"name": "c", "resources": {"limits": {"ebb.dev/gpu-memory": "1Gi"}}}]}});
+        let stored = applied(&object, &pod::create(request(&object, None), &full));
+        assert_eq!(stored["spec"].get("schedulingGates").is_some(), gated, "{stored}");
+    }
+    let object = json!({"metadata": {"name": "p"}, "spec": {"containers": [{"name": "c"}]}});
+    assert_eq!(pod::create(request(&object, None), &full), Verdict::allow());
+}
+
 proptest! {
     #[test]
     fn adversarial_nothing_panics_and_every_patch_applies(object in anything(), old in proptest::option::of(anything())) {
@@ -133,7 +162,7 @@ proptest! {
         for verdict in [
             decide(&object, old.as_ref(), &spec),
             workload::workload(request, &Labels::new(), []),
-            pod::create(request, true),
+            pod::create(request, &cluster(true, true)),
             pod::update(request),
             service::service(request, &gate),
             service::service(request, &Gating::Leave),
@@ -203,7 +232,10 @@ proptest! {
             prop_oneof![Just("NVIDIA_VISIBLE_DEVICES"), Just("EBB_GPU_MEMORY_SHARE"), Just("A"), Just("B")], 0..5),
         side in any::<bool>(),
         class in any::<bool>(),
+        full in any::<bool>(),
+        gates in proptest::option::of(proptest::collection::vec(Just(json!({"name": "other/gate"})), 0..2)),
     ) {
+        let cluster = cluster(class, full);
         let env: Vec<Value> = own.iter().map(|name| json!({"name": name, "value": "all"})).collect();
         let mut containers = vec![json!({
             "name": "m", "env": env, "resources": {"limits": {"ebb.dev/gpu-memory": "1Gi"}},
@@ -211,11 +243,21 @@ proptest! {
         if side {
             containers.insert(0, json!({"name": "s", "env": env}));
         }
-        let object = json!({"metadata": {"name": "p"}, "spec": {"containers": containers}});
-        let verdict = pod::create(request(&object, None), class);
+        let mut object = json!({"metadata": {"name": "p"}, "spec": {"containers": containers}});
+        if let Some(gates) = &gates {
+            object["spec"]["schedulingGates"] = json!(gates);
+        }
+        let verdict = pod::create(request(&object, None), &cluster);
         prop_assert_eq!(verdict.refusal.clone(), None);
         let stored = applied(&object, &verdict);
-        prop_assert_eq!(pod::create(request(&stored, None), class).patch, vec![]);
+        prop_assert_eq!(pod::create(request(&stored, None), &cluster).patch, vec![]);
+        let mut behind = gates.unwrap_or_default();
+        if full {
+            behind.push(json!({"name": "ebb.dev/gpu-memory"}));
+        }
+        let gates = stored["spec"]["schedulingGates"].as_array().cloned();
+        prop_assert_eq!(gates.unwrap_or_default(), behind);
+        prop_assert_eq!(verdict.warnings.iter().any(|told| told.contains("0 of 3 GPU nodes")), full);
         let model = stored["spec"]["containers"].as_array().unwrap().last().unwrap();
         let names: Vec<_> = model["env"].as_array().unwrap().iter().map(|v| v["name"].as_str().unwrap()).collect();
         prop_assert_eq!(&names[..3], ["NVIDIA_VISIBLE_DEVICES", "EBB_GPU_MEMORY_BYTES", "EBB_GPU_MEMORY_SHARE"]);

@@ -8,6 +8,7 @@ use super::images::Images;
 use super::row::Row;
 use crate::api::gpu_request::Sharing;
 use crate::api::host::Host;
+use crate::api::names;
 use crate::api::units::{Bytes, GpuId, NodeName, PodUid};
 use crate::plan::gating::Labels;
 
@@ -93,6 +94,17 @@ impl NodeState {
     #[must_use]
     pub fn name(&self) -> &NodeName {
         &self.name
+    }
+
+    /// Whether it is a Node that is known to have GPUs, by its agent or by the label that has one started there.
+    #[must_use]
+    pub fn is_gpu_node(&self) -> bool {
+        let labelled = || {
+            self.labels
+                .get(names::GPU_LABEL)
+                .is_some_and(|value| value == "true")
+        };
+        self.exists && (self.inventory.is_some() || labelled())
     }
 
     /// Its GPUs by index.

@@ -88,7 +88,7 @@ pub fn somewhere(ledger: &Ledger, request: &GpuRequest) -> Result<NodeName, Refu
                 first = Some(node.name());
             }
         } else if let Err(reason) = fit(node, request, None) {
-            refusal.add(node.name(), reason);
+            refusal.add(node, &reason);
         }
     }
     first.cloned().ok_or(refusal)

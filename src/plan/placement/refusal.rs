@@ -1,5 +1,6 @@
 //! Why a request does not fit, in words that `kubectl describe pod` shows.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
@@ -62,6 +63,8 @@ pub struct Miss {
     pub asked: Bytes,
     /// Bytes in use beyond what its pods declared.
     pub foreign: Bytes,
+    /// Whether no pod is on it.
+    pub empty: bool,
 }
 
 impl fmt::Display for Miss {
@@ -71,10 +74,12 @@ impl fmt::Display for Miss {
             "GPU {} of {} has {} free, {} asked",
             self.gpu, self.node, self.free, self.asked
         )?;
-        if self.foreign > Bytes(0) {
-            write!(f, "; {} are in use beyond what its pods declared", self.foreign)?;
+        match (self.foreign, self.empty) {
+            (Bytes(0), _) => Ok(()),
+            // Without figures per process, a pod that takes more than it declared looks the same.
+            (foreign, false) => write!(f, "; {foreign} are in use beyond what its pods declared"),
+            (foreign, true) => write!(f, "; {foreign} held by processes outside Kubernetes"),
         }
-        Ok(())
     }
 }
 
@@ -158,7 +163,7 @@ impl Reasons {
     }
 }
 
-/// Why a request fits on no node.
+/// Why a request fits on no node: the GPU nodes counted by reason, and the nearest miss.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
     request: GpuRequest,
@@ -168,7 +173,9 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    pub(super) fn new(request: &GpuRequest) -> Self {
+    /// A refusal by no node yet.
+    #[must_use]
+    pub fn new(request: &GpuRequest) -> Self {
         Self {
             request: request.clone(),
             reasons: BTreeMap::new(),
@@ -177,18 +184,25 @@ impl Refusal {
         }
     }
 
-    /// Counts a node.
-    pub(super) fn add(&mut self, node: &NodeName, reason: NodeRefusal) {
-        debug_assert!(!matches!(&reason, NodeRefusal::NoRoom { nearest, .. } if nearest.node != *node));
-        // GPU nodes only: on a cluster with many others, "no GPU" would drown the rest.
-        if matches!(reason, NodeRefusal::Shut(Shut::NoInventory | Shut::NoNode)) {
+    /// Counts a node whose GPUs have no room.
+    pub fn add(&mut self, node: &NodeState, reason: &NodeRefusal) {
+        debug_assert!(!matches!(reason, NodeRefusal::NoRoom { nearest, .. } if nearest.node != *node.name()));
+        if !node.is_gpu_node() {
             return;
         }
         if matches!(reason, NodeRefusal::Shut(Shut::Fenced(Fence::Releasing))) {
             self.fenced += 1;
         }
-        *self.reasons.entry(reason.to_string().into()).or_default() += 1;
-        self.nearest.see(&reason);
+        self.count(node, reason);
+        self.nearest.see(reason);
+    }
+
+    /// Counts a node that has another reason than its GPUs.
+    pub fn count(&mut self, node: &NodeState, reason: &dyn fmt::Display) {
+        // On a cluster with many other nodes, "no GPU" would drown the rest.
+        if node.is_gpu_node() {
+            *self.reasons.entry(reason.to_string().into()).or_default() += 1;
+        }
     }
 
     /// The GPU on which it nearly fits.
@@ -211,18 +225,23 @@ impl fmt::Display for Refusal {
             bytes_per_gpu,
             sharing,
         } = &self.request;
+        match self.reasons.values().sum::<usize>() {
+            0 => f.write_str("there is no GPU node with room for ")?,
+            1 => f.write_str("0 of 1 GPU node has room for ")?,
+            nodes => write!(f, "0 of {nodes} GPU nodes have room for ")?,
+        }
         match (gpus.get(), sharing) {
-            (1, Sharing::Shared) => write!(f, "no node has a GPU with {bytes_per_gpu} free")?,
-            (n, Sharing::Shared) => write!(f, "no node has {n} GPUs with {bytes_per_gpu} free on each")?,
-            (1, Sharing::Exclusive) => write!(f, "no node has an empty GPU of {bytes_per_gpu}")?,
-            (n, Sharing::Exclusive) => write!(f, "no node has {n} empty GPUs of {bytes_per_gpu}")?,
+            (1, Sharing::Shared) => write!(f, "{bytes_per_gpu} on one GPU")?,
+            (n, Sharing::Shared) => write!(f, "{bytes_per_gpu} on each of {n} GPUs")?,
+            (1, Sharing::Exclusive) => write!(f, "a whole GPU of {bytes_per_gpu}")?,
+            (n, Sharing::Exclusive) => write!(f, "{n} whole GPUs of {bytes_per_gpu}")?,
         }
-        if self.reasons.is_empty() {
-            return f.write_str("; no node has any GPU");
-        }
-        for (position, (reason, nodes)) in self.reasons.iter().enumerate() {
-            let separator = if position == 0 { "; nodes: " } else { ", " };
-            write!(f, "{separator}{nodes} {reason}")?;
+        // The commonest first; of equals, by their words.
+        let mut reasons: Vec<_> = self.reasons.iter().collect();
+        reasons.sort_by_key(|(_, nodes)| Reverse(**nodes));
+        for (position, (reason, nodes)) in reasons.into_iter().enumerate() {
+            let separator = if position == 0 { ":" } else { "," };
+            write!(f, "{separator} {nodes} {reason}")?;
         }
         match self.nearest() {
             Some(nearest) => write!(f, "; nearest: {nearest}"),
@@ -262,6 +281,7 @@ pub(super) fn why(node: &NodeState, gpus: &[GpuState], request: &GpuRequest) -> 
             free: gpu.free,
             asked: request.bytes_per_gpu,
             foreign: gpu.foreign,
+            empty: gpu.tenants == 0,
         })
         .min_by(|a, b| nearness(a).cmp(&nearness(b)));
     NodeRefusal::NoRoom {
@@ -274,6 +294,7 @@ pub(super) fn why(node: &NodeState, gpus: &[GpuState], request: &GpuRequest) -> 
             free: Bytes(0),
             asked: request.bytes_per_gpu,
             foreign: Bytes(0),
+            empty: true,
         }),
     }
 }

@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::api::host::Host;
 use crate::api::packing::Packing;
+use crate::plan::gating::Labels;
 use crate::plan::ledger::{Claim, Entry, Event, Fence, GpuFacts, Images, Inventory, NodeFacts, PodFacts};
 
 const GIB: u64 = 1 << 30;
@@ -46,6 +47,13 @@ fn node(name: &str, gpus: &[u64]) -> Vec<Event> {
             gpus: (0u32..).zip(gpus).map(gpu).collect(),
         }),
     ]
+}
+
+fn gpu_label() -> Arc<Labels> {
+    Arc::new(Labels::from([(
+        crate::api::names::GPU_LABEL.to_owned(),
+        "true".to_owned(),
+    )]))
 }
 
 fn want(request: &GpuRequest) -> Want {
@@ -196,16 +204,56 @@ fn refusals_say_the_nearest_miss() {
         name: "old".into(),
         fence: Some(Fence::Releasing),
         allocatable: None,
-        labels: Arc::default(),
+        labels: gpu_label(),
         images: Images::default(),
     }));
+    // A node whose agent says nothing counts; one that has no GPU does not.
+    for (name, labels) in [("silent", gpu_label()), ("plain", Arc::default())] {
+        ledger.apply(Event::Node(NodeFacts {
+            name: name.into(),
+            fence: None,
+            allocatable: None,
+            labels,
+            images: Images::default(),
+        }));
+    }
     let refusal = best(&ledger, &request(1, 18 * GIB, Sharing::Shared)).unwrap_err();
     assert_eq!(
         refusal.to_string(),
-        "no node has a GPU with 18 GiB free; nodes: 1 being emptied for release, 1 no GPU with 18 GiB free; nearest: \
-         GPU 0 of node-7 has 4 GiB free, 18 GiB asked"
+        "0 of 3 GPU nodes have room for 18 GiB on one GPU: 1 being emptied for release, 1 no GPU told of by an \
+         ebb-agent, 1 no GPU with 18 GiB free; nearest: GPU 0 of node-7 has 4 GiB free, 18 GiB asked"
     );
     assert_eq!(refusal.releasing(), 1);
+}
+
+#[test]
+fn memory_that_no_pod_declared_is_told() {
+    let mut ledger = Ledger::rebuild(node("n", &[24 * GIB]));
+    let mut inventory = Inventory {
+        node: "n".into(),
+        closed: None,
+        gpus: vec![GpuFacts {
+            id: "n/0".into(),
+            index: 0,
+            usable: Bytes(24 * GIB),
+            used: Some(Bytes(9 * GIB)),
+            foreign: None,
+            used_by: BTreeMap::new(),
+            closed: None,
+        }],
+    };
+    let words = |ledger: &Ledger| {
+        let refusal = fits_anywhere(ledger, &request(1, 20 * GIB, Sharing::Shared)).unwrap_err();
+        refusal.to_string()
+    };
+    ledger.apply(Event::Inventory(inventory.clone()));
+    assert!(
+        words(&ledger).ends_with("has 15 GiB free, 20 GiB asked; 9 GiB held by processes outside Kubernetes")
+    );
+    bind(&mut ledger, 1, &request(1, 2 * GIB, Sharing::Shared)).unwrap();
+    inventory.gpus[0].used = Some(Bytes(8 * GIB));
+    ledger.apply(Event::Inventory(inventory));
+    assert!(words(&ledger).ends_with("; 6 GiB are in use beyond what its pods declared"));
 }
 
 #[test]

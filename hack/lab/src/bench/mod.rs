@@ -7,6 +7,7 @@ pub mod chance;
 mod memory;
 pub mod report;
 mod scheduler;
+mod waiting;
 mod wake;
 
 use std::path::PathBuf;
@@ -38,6 +39,15 @@ enum Bench {
     },
     /// Pods a second with Ebb as the scheduler's extender, beside the same scheduler without.
     Scheduler(scheduler::Args),
+    /// A pod that has room, beside many that wait for some.
+    Waiting {
+        /// Pairs to measure.
+        #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(3..=200))]
+        rounds: u32,
+        /// Pods that wait.
+        #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=2000))]
+        pods: u32,
+    },
     /// The controller's memory on a large cluster.
     Memory(memory::Args),
 }
@@ -52,6 +62,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         match args.bench {
             Bench::Wake { rounds } => wake::run(rounds).await,
             Bench::Scheduler(args) => scheduler::run(args).await,
+            Bench::Waiting { rounds, pods } => waiting::run(rounds, pods).await,
             Bench::Memory(args) => memory::run(args).await,
         }
     };
