@@ -133,7 +133,11 @@ pub async fn gated(ebb: &Installation) {
     ebb.ok(&["create", "-f", "-"], &pod("stranded").to_string()).await;
     let waiting = "--field-selector=spec.schedulerName=ebb-scheduler,spec.nodeName=";
     let output = ebb.ok(&["delete", "pods", "-A", waiting], "").await;
-    assert!(output.stdout.contains("stranded") && !output.stdout.contains("full"), "{}", output.stdout);
+    assert!(
+        output.stdout.contains("stranded") && !output.stdout.contains("full"),
+        "{}",
+        output.stdout
+    );
     ebb.ok(&["delete", "pod", "full", "--grace-period=0", "--force"], "")
         .await;
     within("the card is free again", async || {
