@@ -137,11 +137,18 @@ const CONDITION_TAINTS: [&str; 3] = [
 /// The node's taints that keep pods away, Ebb's own and those of its conditions left out.
 #[must_use]
 pub fn taints(node: &Node) -> Vec<Taint> {
+    let mut taints = taints_now(node);
+    taints.retain(|taint| !CONDITION_TAINTS.contains(&taint.key.as_str()));
+    taints
+}
+
+/// All taints that keep pods away at this moment, Ebb's own left out.
+#[must_use]
+pub fn taints_now(node: &Node) -> Vec<Taint> {
     node.spec
         .iter()
         .flat_map(|spec| spec.taints.iter().flatten())
         .filter(|taint| taint.key != names::RELEASE_TAINT && taint.effect != "PreferNoSchedule")
-        .filter(|taint| !CONDITION_TAINTS.contains(&taint.key.as_str()))
         .map(|taint| Taint {
             key: taint.key.clone(),
             value: taint.value.clone().unwrap_or_default(),

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::{Pod, PodSpec};
+use k8s_openapi::api::core::v1::{Node, Pod, PodSpec};
 use kube::ResourceExt;
 
 use super::ledger_feed::{self, SharedLedger};
@@ -114,16 +114,20 @@ pub fn bound_below(pods: &[Arc<Pod>], highest: i32) -> HashMap<PodUid, i32> {
 /// Why the scheduler would not put the pod on a node, beside what the ledger knows.
 #[must_use]
 pub fn bar(view: &View, node: &NodeName, ask: &Ask) -> Option<Bar> {
-    let node = view.nodes.get("", node.as_str())?;
-    if !rooms::is_ready(&node) {
+    bar_of(&*view.nodes.get("", node.as_str())?, ask)
+}
+
+fn bar_of(node: &Node, ask: &Ask) -> Option<Bar> {
+    if !rooms::is_ready(node) {
         return Some(Bar::NotReady);
     }
-    if !rooms::offers_gpu_memory(&node) {
+    if !rooms::offers_gpu_memory(node) {
         return Some(Bar::Untold);
     }
     let tolerations = ask.tolerations.as_ref()?;
     let tolerated = |taint| tolerations.iter().any(|toleration| tolerates(toleration, taint));
-    (!rooms::taints(&node).iter().all(tolerated)).then_some(Bar::Tainted)
+    // A node that has just become Ready keeps its taint for a moment, and the scheduler looks at that.
+    (!rooms::taints_now(node).iter().all(tolerated)).then_some(Bar::Tainted)
 }
 
 /// Whether a pod that is being created could be placed now.
@@ -241,5 +245,39 @@ mod tests {
         ];
         let expected = HashMap::from([(PodUid::from("low"), 5)]);
         assert_eq!(bound_below(&pods, 10), expected);
+    }
+
+    #[test]
+    fn what_keeps_the_scheduler_off_a_node() {
+        let node = |extra: Value| -> Node {
+            let mut node = json!({"metadata": {"name": "n"}, "status": {
+                "allocatable": {"ebb.dev/gpu-memory": "24Gi"},
+                "conditions": [{"type": "Ready", "status": "True"}]}});
+            json_patch::merge(&mut node, &extra);
+            serde_json::from_value(node).unwrap()
+        };
+        let tainted =
+            |key: &str, effect: &str| node(json!({"spec": {"taints": [{"key": key, "effect": effect}]}}));
+        let ask = ask(&pod(
+            &json!({"spec": {"tolerations": [{"key": "gpu", "operator": "Exists"}]}}),
+        ))
+        .unwrap();
+        let unready = json!({"status": {"conditions": [{"type": "Ready", "status": "False"}]}});
+        assert_eq!(bar_of(&node(unready), &ask), Some(Bar::NotReady));
+        assert_eq!(
+            bar_of(&node(json!({"status": {"allocatable": null}})), &ask),
+            Some(Bar::Untold)
+        );
+        assert_eq!(bar_of(&node(json!({})), &ask), None);
+        assert_eq!(bar_of(&tainted("gpu", "NoSchedule"), &ask), None);
+        assert_eq!(bar_of(&tainted("other", "PreferNoSchedule"), &ask), None);
+        let booting = tainted("node.kubernetes.io/not-ready", "NoSchedule");
+        assert_eq!(bar_of(&booting, &ask), Some(Bar::Tainted));
+        // At its creation a pod may get more tolerations yet: then none is held against it.
+        let early = Ask {
+            tolerations: None,
+            ..ask
+        };
+        assert_eq!(bar_of(&booting, &early), None);
     }
 }

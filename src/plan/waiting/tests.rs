@@ -149,9 +149,10 @@ fn race_those_that_went_on_keep_their_place_until_it_is_reserved() {
     let mut ledger = nodes(&[24]);
     let (opened, gated) = ([pod(1, 18)], [pod(2, 18), pod(3, 6)]);
     assert_eq!(open(&ledger, &opened, &gated), ["models/p3"]);
-    // Its reservation is in the ledger: counted once, not twice.
-    ledger.hold(&"n0".into(), entry(&"uid-1".into(), "n0", 18), Stage::Posted);
-    assert_eq!(open(&ledger, &opened, &gated), ["models/p3"]);
+    // With its reservation in the ledger it is counted once, not twice.
+    let (opened, gated) = ([pod(1, 8)], [pod(2, 16)]);
+    ledger.hold(&"n0".into(), entry(&"uid-1".into(), "n0", 8), Stage::Posted);
+    assert_eq!(open(&ledger, &opened, &gated), ["models/p2"]);
 }
 
 #[test]
