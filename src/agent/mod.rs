@@ -54,7 +54,7 @@ const RENEWALS: u32 = 4;
 /// Readings that may fail to come before the Lease is not renewed any more.
 const MISSED_READINGS: u32 = 3;
 /// A reading itself may take this long: NVML is slow where no persistence daemon keeps the driver awake.
-const SLOWEST_READING: Duration = Duration::from_secs(2);
+const SLOWEST_READING: Duration = Duration::from_secs(5);
 
 /// Longest wait for one write.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -121,7 +121,7 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
         "cannot find the API server: run this in a pod with a ServiceAccount, or point KUBECONFIG at a cluster",
     )?;
     let reader = NvmlReader::new(&args.proc_path);
-    run_with(args, client, reader, shutdown).await
+    Box::pin(run_with(args, client, reader, shutdown)).await
 }
 
 /// The same with the API server and the GPUs given.
