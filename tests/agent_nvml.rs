@@ -327,6 +327,9 @@ fn processes_are_found_by_their_cgroup(path: PathBuf) {
     );
 }
 
+/// UUID, MIG instance, total, used, and whether it is without a fault.
+type Part = (String, Option<u32>, Bytes, Option<Bytes>, bool);
+
 fn mig_instances_are_gpus_of_their_own(path: PathBuf) {
     let instance = |place: u32, uuid: &str| Instance {
         place,
@@ -338,7 +341,7 @@ fn mig_instances_are_gpus_of_their_own(path: PathBuf) {
     let (cut, whole) = (state.devices[0].uuid.clone(), state.devices[1].uuid.clone());
     state.devices[0].mig = Some(Vec::new());
     state.create(&path).unwrap();
-    let gpus = |seen: &Observation| -> Vec<(String, Option<u32>, Bytes, Option<Bytes>, bool)> {
+    let gpus = |seen: &Observation| -> Vec<Part> {
         let Ok(reading) = seen else { return Vec::new() };
         let gpus = reading.gpus().map(|(_, gpu)| {
             let GpuReading {

@@ -54,7 +54,7 @@ const RENEWALS: u32 = 4;
 /// Readings that may fail to come before the Lease is not renewed any more.
 const MISSED_READINGS: u32 = 3;
 /// A reading itself may take this long: NVML is slow where no persistence daemon keeps the driver awake.
-const SLOWEST_READING: Duration = Duration::from_secs(2);
+const SLOWEST_READING: Duration = Duration::from_secs(5);
 
 /// Longest wait for one write.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);

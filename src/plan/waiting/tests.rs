@@ -11,7 +11,7 @@ use super::*;
 use crate::api::gpu_request::Sharing;
 use crate::api::units::{GpuId, MilliCpu};
 use crate::plan::gating::Labels;
-use crate::plan::ledger::{Claim, Entry, Event, GpuFacts, Inventory, NodeFacts, PodFacts, Stage};
+use crate::plan::ledger::{Claim, Entry, Event, GpuFacts, Images, Inventory, NodeFacts, PodFacts, Stage};
 use crate::plan::placement;
 
 const GIB: u64 = 1 << 30;
