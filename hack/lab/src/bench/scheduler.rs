@@ -4,9 +4,14 @@
 //! of `manifests/scheduler.yaml`; one side without the `extenders`. There the controller does not run at all: its
 //! watches would take part of the machine. All pods wait before the scheduler starts, since making them would take part
 //! of the machine too, and more of the faster side's. The rate is that from the first bound pod to the last.
+//!
+//! Where `EBB_HANDLERS` names the benchmark of the handlers, its figures for a cluster of that size are told too.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
+
+use anyhow::Context as _;
+use serde_json::Value;
 
 use crate::cluster::Program;
 use crate::ebb_install::ebb_program;
@@ -23,6 +28,13 @@ use super::report::{Figure, Report};
 const STEP: Duration = Duration::from_secs(180);
 /// Bytes of each GPU that pods can have.
 const USABLE: u64 = 24 * GIB;
+/// The handlers' figures that are told here.
+const HANDLERS: [&str; 4] = [
+    "filter_p50_ms",
+    "filter_p99_ms",
+    "prioritize_p50_ms",
+    "prioritize_p99_ms",
+];
 /// What pods ask for, in turns.
 const SIZES: [u64; 5] = [4, 6, 8, 12, 16];
 
@@ -77,7 +89,56 @@ pub async fn run(args: Args) -> anyhow::Result<Report> {
     ] {
         report.figures.insert(name, Figure::of(values, unit));
     }
+    drop(fleet);
+    for (name, figure) in handlers(args).await? {
+        report.figures.insert(name, figure);
+    }
     Ok(report)
+}
+
+/// The handlers' own figures, in which no network and no scheduler has a part.
+async fn handlers(args: Args) -> anyhow::Result<Vec<(&'static str, Figure)>> {
+    let Some(program) = std::env::var_os("EBB_HANDLERS") else {
+        return Ok(Vec::new());
+    };
+    progress("measuring the handlers alone");
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("handlers.json");
+    let mut command = tokio::process::Command::new(program);
+    command
+        .args([
+            "--nodes",
+            &args.nodes.to_string(),
+            "--gpus",
+            &args.gpus.to_string(),
+        ])
+        .arg("--json")
+        .arg(&file)
+        .kill_on_drop(true);
+    let output = tokio::time::timeout(STEP, command.output())
+        .await
+        .context("the handlers were not measured in time")??;
+    anyhow::ensure!(
+        output.status.success(),
+        "the benchmark of the handlers failed: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let told: Value = serde_json::from_slice(&std::fs::read(&file)?)?;
+    let number = |name: &str, field: &str| {
+        let value = told["figures"][name][field].as_f64();
+        value.with_context(|| format!("the benchmark of the handlers tells no {name}"))
+    };
+    let figure = |name: &'static str| {
+        anyhow::Ok((
+            name,
+            Figure {
+                value: number(name, "value")?,
+                unit: "ms",
+                spread: number(name, "spread")?,
+            },
+        ))
+    };
+    HANDLERS.into_iter().map(figure).collect()
 }
 
 async fn measure(fleet: &Fleet, args: Args) -> anyhow::Result<Measured> {
