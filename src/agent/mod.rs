@@ -222,6 +222,7 @@ struct Agent {
     inventory_budget: Budget,
     /// How old a reading may be, for the Lease to be renewed on it.
     reading_lasts: Duration,
+    /// When the last one came; `None` while one is overdue.
     read_at: Option<Instant>,
     lease_duration: Duration,
     /// When the Lease is due.
@@ -273,6 +274,8 @@ impl Agent {
         loop {
             let overdue = self.read_at.map(|at| at + self.reading_lasts);
             tokio::select! {
+                // The shutdown before what ends with it, and a reading before the word that there is none.
+                biased;
                 () = shutdown.cancelled() => return Ok(()),
                 Some(event) = nodes.next() => match event {
                     Ok(node) => self.node.learn(node),
@@ -360,6 +363,7 @@ impl Agent {
             Ok(wake) => {
                 self.retry = RETRY.0;
                 match observed {
+                    Ok(_) if self.read_at.is_none() => {}
                     Ok(_) => self.readiness.ready(),
                     Err(absent) => self.readiness.not_ready(&absent.message),
                 }
