@@ -50,6 +50,8 @@ async fn scenarios(hall: &mut Hall) -> anyhow::Result<()> {
     bind_again(hall).await?;
     step("several GPUs and whole cards");
     several_and_whole(hall).await?;
+    step("one start at a time on a GPU, and memory of a pod that was deleted by force");
+    starts_and_remains(hall).await?;
     step("a burst that exactly fills all GPUs");
     burst(hall).await?;
     step("a refused pod is told why, and bound when memory frees");
@@ -64,10 +66,19 @@ fn step(what: &str) {
     println!("== {what}");
 }
 
+/// The ledger's watch is not ours: it is given a moment.
+async fn moment() {
+    tokio::time::sleep(Duration::from_secs(1)).await;
+}
+
 async fn share_one_gpu(hall: &Hall) -> anyhow::Result<()> {
     hall.create("one", 18 * GIB, json!({})).await?;
+    let one = hall.bound("one").await?;
+    hall.is_ready("one").await?;
+    // While the first starts, the second would go elsewhere.
+    moment().await;
     hall.create("two", 18 * GIB, json!({})).await?;
-    let (one, two) = (hall.bound("one").await?, hall.bound("two").await?);
+    let two = hall.bound("two").await?;
     ensure!(one == two, "{one:?} and {two:?}");
     ensure!(one.gpus.len() == 1 && one.bytes == 18 * GIB, "{one:?}");
     ensure!(one.share == "0.4500", "{one:?}");
@@ -122,6 +133,56 @@ async fn several_and_whole(hall: &Hall) -> anyhow::Result<()> {
     hall.clear().await
 }
 
+async fn starts_and_remains(hall: &Hall) -> anyhow::Result<()> {
+    // One card has room, and so much of it in use.
+    let one_card = |used: u64| {
+        try_join_all(["gpu-a", "gpu-b", "gpu-c"].map(|node| {
+            let gpus = (0..4).map(|index| {
+                let mut gpu = hall.gpu(node, index, 40 * GIB);
+                let the_one = node == "gpu-a" && index == 0;
+                gpu["memoryUsed"] = json!(if the_one { used } else { 40 * GIB });
+                gpu
+            });
+            hall.tell_gpus(node, gpus.collect())
+        }))
+    };
+    one_card(0).await?;
+    moment().await;
+    hall.create("first", 18 * GIB, json!({hall::NEVER_READY: "true"}))
+        .await?;
+    let place = hall.bound("first").await?;
+    hall.create("second", 18 * GIB, json!({})).await?;
+    let text = hall.refused("second").await?;
+    ensure!(
+        text.contains("GPU 0 of gpu-a: models/first is starting (for ")
+            && text.contains("at most 10 min): one start at a time per GPU"),
+        "{text}"
+    );
+    hall.say_ready("first").await?;
+    ensure!(hall.bound("second").await? == place, "elsewhere than {place:?}");
+
+    one_card(36 * GIB).await?;
+    hall.force("first").await?;
+    moment().await;
+    hall.create("third", 20 * GIB, json!({})).await?;
+    let text = hall.refused("third").await?;
+    ensure!(
+        text.contains("GPU 0 of gpu-a has 4 GiB free, 20 GiB asked"),
+        "{text}"
+    );
+    one_card(18 * GIB).await?;
+    ensure!(hall.bound("third").await?.gpus == place.gpus);
+    hall.check_reservations()?;
+    hall.clear().await?;
+    try_join_all(["gpu-a", "gpu-b", "gpu-c"].map(|node| {
+        let gpus = (0..4).map(|index| hall.gpu(node, index, 40 * GIB));
+        hall.tell_gpus(node, gpus.collect())
+    }))
+    .await?;
+    moment().await;
+    Ok(())
+}
+
 async fn burst(hall: &Hall) -> anyhow::Result<()> {
     // 3 nodes × 4 GPUs × 40 GiB = 60 × 8 GiB.
     let names: Vec<String> = (0..60).map(|index| format!("burst-{index}")).collect();
@@ -156,8 +217,7 @@ async fn freed_in_silence(hall: &Hall) -> anyhow::Result<()> {
         }))
     };
     told(30 * GIB).await?;
-    // The ledger's watch is not ours: give it a moment.
-    tokio::time::sleep(Duration::from_secs(1)).await;
+    moment().await;
     hall.create("silent", 18 * GIB, json!({})).await?;
     let text = hall.refused("silent").await?;
     ensure!(text.contains("has 10 GiB free, 18 GiB asked"), "{text}");

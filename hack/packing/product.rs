@@ -14,7 +14,7 @@ use ebb::api::host::Host;
 use ebb::api::packing::Packing;
 use ebb::api::units::{Bytes, GpuId, MilliCpu, NodeName, PodUid};
 use ebb::plan::ledger::{
-    Claim, Entry, Event, GpuFacts, Inventory, Ledger, NeighbourFacts, NodeFacts, NodeState, PodFacts,
+    Claim, Entry, Event, GpuFacts, Inventory, Ledger, NeighbourFacts, NodeFacts, NodeState, PodFacts, Start,
 };
 use ebb::plan::placement::{self, Judge, Mix, Needs, Want};
 
@@ -171,6 +171,7 @@ impl Packer for Ebb {
             },
             node: Some(name.clone()),
             finished: false,
+            start: Start::Over,
         }));
     }
 }

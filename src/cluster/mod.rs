@@ -2,8 +2,10 @@
 
 pub mod call;
 pub mod client;
+pub mod clock;
 pub mod events;
 pub mod ledger_feed;
+pub mod pod_life;
 pub mod rooms;
 pub mod scale;
 pub mod slices;

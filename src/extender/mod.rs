@@ -38,13 +38,13 @@ use kube::api::{ListParams, ObjectMeta, Patch, PatchParams};
 use kube::{Api, Client, ResourceExt};
 use parking_lot::Mutex;
 use serde_json::json;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::packing::Packing;
 use crate::api::workload::{WorkloadKind, WorkloadRef};
 use crate::api::{annotations, names};
 use crate::cluster::call::{CallError, limited};
+use crate::cluster::clock::Clock;
 use crate::cluster::ledger_feed::{self, CDI_PREFIX, SharedLedger, pod_event};
 use crate::cluster::view::View;
 use crate::plan::placement::Mix;
@@ -104,8 +104,8 @@ pub struct Parts {
     pub port: u16,
     /// How GPUs are named to containers.
     pub device_names: DeviceNames,
-    /// Zero of the ledger's clock.
-    pub started: Instant,
+    /// The ledger's clock.
+    pub clock: Clock,
 }
 
 /// What the handlers work with.
@@ -141,7 +141,7 @@ impl Extender {
     }
 
     fn now_ms(&self) -> u64 {
-        millis(self.started.elapsed())
+        self.clock.now_ms()
     }
 
     /// How a pod is to be placed: as it says itself, else as its workload does, where the webhook has written what its

@@ -137,7 +137,7 @@ fn filter(desk: Desk<'_>, body: &[u8]) -> Answer {
     } else {
         desk.refused.remember(&uid, &pod, &request, freed);
     }
-    let mut reasons = Reasons::default();
+    let mut reasons = Reasons::at(desk.now_ms);
     for refusal in fits.iter().filter_map(|fit| fit.as_ref().err()) {
         reasons.see(refusal);
     }

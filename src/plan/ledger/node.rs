@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::facts::{Entry, Fence, Inventory, NodeShape};
+use super::remains::Remains;
+use super::starts::{Begun, Starting};
 use crate::api::gpu_request::Sharing;
 use crate::api::host::Host;
 use crate::api::units::{Bytes, GpuId, NodeName, PodUid};
@@ -35,6 +37,12 @@ pub struct NodeState {
     pub(super) holds: BTreeMap<PodUid, Entry>,
     /// Pods that went since the inventory was read: what they used is counted in it, and is free.
     pub(super) departed: Vec<Entry>,
+    /// What pods may have left that were deleted before their containers ended.
+    pub(super) remains: BTreeMap<PodUid, Remains>,
+    /// Starts that go on, of the bound pods.
+    pub(super) starts: BTreeMap<PodUid, Begun>,
+    /// Longest that a start keeps others off its GPUs, where it does.
+    pub(super) start_limit_ms: Option<u64>,
     /// What the pods without GPU memory ask of it.
     pub(super) neighbours: BTreeMap<PodUid, Host>,
     gpus: Vec<GpuState>,
@@ -54,16 +62,18 @@ pub struct GpuState {
     pub free: Bytes,
     /// In use beyond what the pods on it declared or are known to use.
     pub foreign: Bytes,
-    /// Pods on it, reservations included.
+    /// Pods on it, reservations included, and deleted ones that may have left something.
     pub tenants: usize,
     /// Whether one of them has the whole card.
     pub whole: bool,
+    /// The pod that starts on it, where that keeps others off.
+    pub starting: Option<Starting>,
     /// Why nothing new can be put on it, where that is so.
     pub closed: Option<Arc<str>>,
 }
 
 impl NodeState {
-    pub(super) fn new(name: NodeName) -> Self {
+    pub(super) fn new(name: NodeName, start_limit_ms: Option<u64>) -> Self {
         Self {
             name,
             exists: false,
@@ -74,6 +84,9 @@ impl NodeState {
             pods: BTreeMap::new(),
             holds: BTreeMap::new(),
             departed: Vec::new(),
+            remains: BTreeMap::new(),
+            starts: BTreeMap::new(),
+            start_limit_ms,
             neighbours: BTreeMap::new(),
             gpus: Vec::new(),
             host: Host::UNLIMITED,
@@ -203,6 +216,7 @@ impl NodeState {
                 .values()
                 .chain(self.holds.values())
                 .filter(|e| !absent(&e.uid))
+                .chain(self.remains.values().map(|remains| &remains.entry))
         };
         // Nobody knows where an unassigned pod is, so it counts on every GPU: too much rather than too little.
         let anywhere: Bytes = there()
@@ -234,9 +248,11 @@ impl NodeState {
                     .sum();
                 // Without figures per process, whatever exceeds the declared bytes is somebody's, and not free.
                 let used = gpu.used.unwrap_or_default().saturating_sub(given_back);
-                let foreign = gpu
-                    .foreign
-                    .unwrap_or_else(|| used.saturating_sub(declared.saturating_add(anywhere)));
+                let strays = self.strays(gpu);
+                let foreign = match gpu.foreign {
+                    Some(foreign) => foreign.saturating_add(strays),
+                    None => used.saturating_sub(declared.saturating_add(anywhere)).max(strays),
+                };
                 let occupied = declared
                     .saturating_add(anywhere)
                     .saturating_add(foreign)
@@ -254,6 +270,7 @@ impl NodeState {
                     foreign,
                     tenants: there().filter(|e| e.claim.gpus.is_none() || on(e)).count(),
                     whole: taken,
+                    starting: self.starting_on(&gpu.id, absent),
                     closed: gpu.closed.clone(),
                 }
             })
@@ -266,7 +283,10 @@ impl NodeState {
     pub(super) fn refresh(&mut self, was_open: bool) -> bool {
         let gpus = self.gpus_without(&|_| false);
         let open = self.shut().is_none();
-        let room = |gpu: &GpuState| if gpu.closed.is_none() { gpu.free } else { Bytes(0) };
+        let room = |gpu: &GpuState| match (&gpu.closed, &gpu.starting) {
+            (None, None) => gpu.free,
+            _ => Bytes(0),
+        };
         let before = |id: &GpuId| self.gpus.iter().find(|gpu| gpu.id == *id).map(room);
         let freed = open
             && gpus
@@ -277,13 +297,10 @@ impl NodeState {
         freed
     }
 
-    /// Takes a bound pod off.
-    pub(super) fn depart(&mut self, uid: &PodUid) {
-        let entry = self.pods.remove(uid);
-        let read = |inventory: &Inventory| inventory.gpus.iter().any(|gpu| gpu.used.is_some());
-        if self.inventory.as_ref().is_some_and(read) {
-            self.departed.extend(entry);
-        }
+    /// Ends what ends by time.
+    pub(super) fn expire(&mut self, now_ms: u64) {
+        self.expire_starts(now_ms);
+        self.expire_remains(now_ms);
     }
 
     /// Whether there is nothing left to know about it.

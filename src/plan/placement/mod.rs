@@ -17,7 +17,7 @@ use std::cmp::Reverse;
 pub use hands::Hands;
 pub use mix::{Mix, Needs, REMEMBERED, Want};
 pub use rank::{Judge, Ranking, place, rank};
-pub use refusal::{Miss, NodeRefusal, Reasons, Refusal};
+pub use refusal::{Busy, Miss, NodeRefusal, Reasons, Refusal};
 
 use super::ledger::{GpuState, Ledger, NodeShape, NodeState};
 use super::room::GpuRoom;
@@ -77,7 +77,7 @@ pub fn still_fits(node: &NodeState, request: &GpuRequest, gpus: &[GpuId], asker:
 /// # Errors
 /// Why it fits nowhere, with counts and the nearest miss.
 pub fn somewhere(ledger: &Ledger, request: &GpuRequest) -> Result<NodeName, Refusal> {
-    let mut refusal = Refusal::new(request);
+    let mut refusal = Refusal::new(request, ledger.now_ms());
     let mut first: Option<&NodeName> = None;
     for node in ledger.nodes() {
         match fit(node, request, None) {
@@ -120,6 +120,11 @@ fn count(request: &GpuRequest) -> usize {
 }
 
 fn takes(gpu: &GpuState, request: &GpuRequest) -> bool {
+    gpu.starting.is_none() && has_room(gpu, request)
+}
+
+/// Whether it takes the request once no other pod starts on it.
+fn has_room(gpu: &GpuState, request: &GpuRequest) -> bool {
     gpu.closed.is_none()
         && gpu.free >= request.bytes_per_gpu
         && (request.sharing == Sharing::Shared || gpu.tenants == 0)
@@ -141,6 +146,7 @@ fn choose(node: &NodeState, gpus: &[GpuState], request: &GpuRequest) -> Result<C
     })
 }
 
+/// What a plan about nodes sees: a start that goes on is soon over.
 impl From<&GpuState> for GpuRoom {
     fn from(gpu: &GpuState) -> GpuRoom {
         GpuRoom {
@@ -149,6 +155,18 @@ impl From<&GpuState> for GpuRoom {
             empty: gpu.tenants == 0,
             exclusive: gpu.whole,
         }
+    }
+}
+
+/// What a pod that is placed now sees: where another one starts, there is no room.
+fn room_now(gpu: &GpuState) -> GpuRoom {
+    let room = GpuRoom::from(gpu);
+    match gpu.starting {
+        None => room,
+        Some(_) => GpuRoom {
+            free: Bytes(0),
+            ..room
+        },
     }
 }
 

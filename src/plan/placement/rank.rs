@@ -224,7 +224,7 @@ impl<'n> Seen<'n> {
     fn room(&self, hands: &Hands) -> NodeRoom {
         NodeRoom {
             host: self.host(),
-            gpus: self.working().map(GpuRoom::from).collect(),
+            gpus: self.working().map(super::room_now).collect(),
             meets: hands.met_by(self.node.labels()),
         }
     }

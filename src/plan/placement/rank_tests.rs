@@ -9,7 +9,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::api::units::{GpuId, MilliCpu};
-use crate::plan::ledger::{Claim, Entry, Event, Fence, GpuFacts, Inventory, Ledger, NodeFacts, PodFacts};
+use crate::plan::ledger::{
+    Claim, Entry, Event, Fence, GpuFacts, Inventory, Ledger, NodeFacts, PodFacts, Start,
+};
 use crate::plan::placement::{Mix, Needs, REMEMBERED, fit};
 
 #[derive(Clone, Debug)]
@@ -117,6 +119,7 @@ fn enter(ledger: &mut Ledger, number: usize, node: &NodeName, want: &Want, choic
         },
         node: Some(node.clone()),
         finished: false,
+        start: Start::Over,
     }));
 }
 
