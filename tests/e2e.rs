@@ -12,9 +12,11 @@ mod apply;
 mod fail_open;
 #[path = "e2e/stage.rs"]
 mod stage;
+#[path = "e2e/starts.rs"]
+mod starts;
 
 use ebb_lab::demo::story;
-use stage::on_a_site;
+use stage::{on_a_site, on_a_site_of};
 
 /// The story that `hack/demo` tells: models sleep, wake on a request and answer, 100 requests at once are one
 /// wake, two models share a GPU and see it, no bind promises more than a GPU has, streams are not cut, the
@@ -35,4 +37,11 @@ fn e2e_apply_is_clean() {
 #[test]
 fn e2e_fail_open() {
     on_a_site(|stage| Box::pin(fail_open::all(stage)));
+}
+
+/// Two models that declare the same bytes of one card are woken at the same moment, and loading takes more than what
+/// they declare.
+#[test]
+fn e2e_one_start_at_a_time() {
+    on_a_site_of(|plan| plan.gpus = 1, |stage| Box::pin(starts::all(stage)));
 }

@@ -189,16 +189,6 @@ pub fn pod_event(pod: &Pod) -> Option<Event> {
         Err(error) => unreadable(pod, &error),
     };
     let claim = claim(pod, &request);
-    if claim.gpus.is_none() && spec.node_name.is_some() && !finished {
-        tracing::warn!(
-            pod = pod.name_any(),
-            namespace = pod.namespace(),
-            node = spec.node_name,
-            "bound by somebody else than Ebb, so its GPU is not known: it counts on every GPU of its node; use \
-             schedulerName {}",
-            names::SCHEDULER
-        );
-    }
     Some(Event::Pod(PodFacts {
         entry: entry(pod, claim),
         node,

@@ -4,6 +4,7 @@ pub mod call;
 pub mod client;
 pub mod clock;
 pub mod events;
+pub mod evict;
 pub mod ledger_feed;
 pub mod pod_life;
 pub mod rooms;

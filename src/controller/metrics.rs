@@ -17,6 +17,8 @@ pub enum Part {
     Policies,
     /// Nodes: release, ask.
     Nodes,
+    /// Pods that use more than they declared, or were bound by somebody else.
+    Tenants,
 }
 
 /// Which reconciler.
@@ -43,6 +45,12 @@ pub struct Metrics {
     pub nodes_asked: Counter,
     /// Nodes whose removal was asked for.
     pub nodes_released: Counter,
+    /// Pods that use more GPU memory than they declared.
+    pub pods_over_use: Gauge,
+    /// Pods evicted for it.
+    pub over_use_evictions: Counter,
+    /// Pods with GPU memory that somebody else than Ebb bound.
+    pub pods_bound_by_others: Gauge,
     /// Passes of each reconciler.
     pub passes: Family<PartLabel, Counter>,
     /// Writes or calls that failed.
@@ -77,6 +85,21 @@ impl Metrics {
             "ebb_nodes_released",
             "Nodes whose removal providers were asked for",
             &this.nodes_released,
+        );
+        counter(
+            "ebb_over_use_evictions",
+            "Pods evicted because they use more GPU memory than they declared",
+            &this.over_use_evictions,
+        );
+        registry.register(
+            "ebb_pods_over_use",
+            "Pods that use more GPU memory than they declared",
+            this.pods_over_use.clone(),
+        );
+        registry.register(
+            "ebb_pods_bound_by_others",
+            "Pods with GPU memory that were bound by somebody else than Ebb",
+            this.pods_bound_by_others.clone(),
         );
         registry.register("ebb_gate_links", "Gates with a live link", this.links.clone());
         registry.register(

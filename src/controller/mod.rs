@@ -6,6 +6,7 @@
 //!  scheduler ────▶│ 9444 extender  ◀─ ledger ◀┘                │   │ services    slices     │──▶ slices, Services
 //!  gates ────────▶│ 9445 link (leads, or says who does) ───────┼──▶│ nodes       release    │──▶ Nodes, provider
 //!                 │ 8080 health, metrics                       │   │ policies    adopt      │──▶ annotations
+//!                 │                                            │   │ tenants     over-use   │──▶ pods/status
 //!                 └────────────────────────────────────────────┘   └────────────────────────┘
 //! ```
 //!
@@ -23,6 +24,7 @@ mod policies;
 mod reach;
 mod reconcile;
 mod services;
+mod tenants;
 mod tokens;
 mod workloads;
 
@@ -357,6 +359,12 @@ fn reconcilers(context: &Context, stop: &CancellationToken) -> JoinSet<()> {
     ));
     running.spawn(drive(
         policies::Policies::new(context.clone()),
+        metrics.clone(),
+        vec![view.changed.clone()],
+        stop.clone(),
+    ));
+    running.spawn(drive(
+        tenants::Tenants::new(context.clone()),
         metrics.clone(),
         vec![view.changed.clone()],
         stop.clone(),

@@ -10,6 +10,7 @@ pub mod gating;
 pub mod hold;
 pub mod ledger;
 pub mod nodes_wanted;
+pub mod over_use;
 pub mod placement;
 pub mod release;
 pub mod room;

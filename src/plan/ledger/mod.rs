@@ -13,6 +13,8 @@
 //! A GPU on which a pod starts takes no other start ([`starts`]), if the ledger is told so. What ends by time ends in
 //! [`Ledger::expire`].
 
+#[cfg(test)]
+mod example_tests;
 mod facts;
 #[cfg(test)]
 mod grants_tests;

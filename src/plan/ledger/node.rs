@@ -60,6 +60,8 @@ pub struct GpuState {
     pub usable: Bytes,
     /// What a new pod can have of it.
     pub free: Bytes,
+    /// The same once the pods that start on it have started, and have what they declared: loading may take more.
+    pub settled: Bytes,
     /// In use beyond what the pods on it declared or are known to use.
     pub foreign: Bytes,
     /// Pods on it, reservations included, and deleted ones that may have left something.
@@ -144,6 +146,12 @@ impl NodeState {
     /// Pods bound to it by somebody else, so that nobody knows on which GPU they are.
     pub fn unassigned(&self) -> impl Iterator<Item = &Entry> {
         self.pods.values().filter(|entry| entry.claim.gpus.is_none())
+    }
+
+    /// What a pod uses of each GPU, by index, as far as its agent tells.
+    pub fn used_by<'a>(&'a self, uid: &'a PodUid) -> impl Iterator<Item = (u32, Bytes)> + 'a {
+        let gpus = self.inventory.iter().flat_map(|inventory| &inventory.gpus);
+        gpus.filter_map(|gpu| Some((gpu.index, *gpu.used_by.get(uid)?)))
     }
 
     /// Whether something is held on it for this pod.
@@ -257,6 +265,19 @@ impl NodeState {
                     .saturating_add(anywhere)
                     .saturating_add(foreign)
                     .max(used);
+                let starting = self.starting_on(&gpu.id, absent);
+                let settled = |entry: &Entry| match self.begins(&entry.uid) {
+                    true => entry.claim.bytes_per_gpu,
+                    false => held(entry),
+                };
+                let occupied_then = match starting {
+                    None => occupied,
+                    Some(_) => there()
+                        .filter(on)
+                        .map(settled)
+                        .chain([anywhere, gpu.foreign.unwrap_or_default(), strays])
+                        .sum(),
+                };
                 let taken = all_taken || there().filter(on).any(|e| e.claim.sharing == Sharing::Exclusive);
                 GpuState {
                     id: gpu.id.clone(),
@@ -267,10 +288,15 @@ impl NodeState {
                     } else {
                         gpu.usable.saturating_sub(occupied)
                     },
+                    settled: if taken {
+                        Bytes(0)
+                    } else {
+                        gpu.usable.saturating_sub(occupied_then)
+                    },
                     foreign,
                     tenants: there().filter(|e| e.claim.gpus.is_none() || on(e)).count(),
                     whole: taken,
-                    starting: self.starting_on(&gpu.id, absent),
+                    starting,
                     closed: gpu.closed.clone(),
                 }
             })

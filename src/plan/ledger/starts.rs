@@ -78,6 +78,11 @@ impl NodeState {
         }
     }
 
+    /// Whether this pod's start goes on, or is about to.
+    pub(super) fn begins(&self, uid: &PodUid) -> bool {
+        self.holds.contains_key(uid) || self.starts.get(uid).is_some_and(|begun| begun.counts)
+    }
+
     /// Who keeps others off this GPU, these pods not counted; of several the one that began last.
     pub(super) fn starting_on(&self, gpu: &GpuId, absent: &dyn Fn(&PodUid) -> bool) -> Option<Starting> {
         let limit_ms = self.start_limit_ms?;

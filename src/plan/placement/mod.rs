@@ -126,7 +126,7 @@ fn takes(gpu: &GpuState, request: &GpuRequest) -> bool {
 /// Whether it takes the request once no other pod starts on it.
 fn has_room(gpu: &GpuState, request: &GpuRequest) -> bool {
     gpu.closed.is_none()
-        && gpu.free >= request.bytes_per_gpu
+        && gpu.settled >= request.bytes_per_gpu
         && (request.sharing == Sharing::Shared || gpu.tenants == 0)
 }
 
@@ -151,7 +151,7 @@ impl From<&GpuState> for GpuRoom {
     fn from(gpu: &GpuState) -> GpuRoom {
         GpuRoom {
             usable: gpu.usable,
-            free: gpu.free,
+            free: gpu.settled,
             empty: gpu.tenants == 0,
             exclusive: gpu.whole,
         }

@@ -251,6 +251,19 @@ fn a_start_is_waited_for_and_no_node_is_asked_for_meanwhile() {
     let large = best(&ledger, &request(1, 20, Sharing::Shared)).unwrap_err();
     assert!(large.waits_for().is_none(), "{large}");
     assert!(large.nearest().is_some_and(|miss| miss.free == Bytes(14)));
+    // Loading takes more than what is declared, for as long as it lasts.
+    let Event::Inventory(mut loading) = node("b", &[24]).remove(1) else {
+        unreachable!()
+    };
+    loading.gpus[0].used = Some(Bytes(20));
+    ledger.apply(Event::Inventory(loading));
+    let on_b = ledger.node("b").unwrap();
+    assert_eq!(
+        (on_b.gpus()[0].free, on_b.gpus()[0].settled),
+        (Bytes(4), Bytes(14))
+    );
+    let told = fit(on_b, &small, None).unwrap_err();
+    assert!(matches!(&told, NodeRefusal::Starting { .. }), "{told}");
     // The limit is each start's own.
     ledger.expire(602_000);
     assert_eq!(best(&ledger, &small).unwrap().0.as_str(), "a");
