@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+#[path = "agent/admission.rs"]
+mod admission;
+
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::PathBuf;
@@ -11,9 +14,12 @@ use std::time::{Duration, Instant};
 use ebb::api::gpu_node::GpuNode;
 use ebb::api::names::GPU_MEMORY;
 use ebb_lab::cluster::{Cluster, Options, Program, Signal};
-use ebb_lab::nvml_state::{Health, STATE_ENV, State, library_dir};
+use ebb_lab::node::pod_resources;
+use ebb_lab::nvml_state::{Health, Process, STATE_ENV, State, library_dir};
 use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec};
+use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Node, ServiceAccount};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::Api;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
@@ -39,6 +45,7 @@ rules:
 - {apiGroups: [""], resources: [nodes/status], verbs: [patch]}
 - {apiGroups: [ebb.dev], resources: [gpunodes], verbs: [get, list, watch, create, patch]}
 - {apiGroups: [ebb.dev], resources: [gpunodes/status], verbs: [patch]}
+- {apiGroups: [coordination.k8s.io], resources: [leases], verbs: [create, patch]}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
@@ -59,16 +66,7 @@ struct Stage {
 impl Stage {
     async fn set() -> Self {
         let cluster = Cluster::up(Options::default()).await.unwrap();
-        let crds = Command::new(env!("CARGO_BIN_EXE_ebb"))
-            .arg("crds")
-            .output()
-            .unwrap();
-        let crds = String::from_utf8(crds.stdout).unwrap();
-        let gpu_node = crds
-            .split("---\n")
-            .find(|crd| crd.contains("kind: GpuNode"))
-            .unwrap();
-        cluster.apply(gpu_node).await.unwrap();
+        cluster.apply(&gpu_node_crd()).await.unwrap();
         cluster
             .kubectl(&["wait", "crd/gpunodes.ebb.dev", "--for=condition=Established"])
             .await
@@ -99,13 +97,31 @@ impl Stage {
     fn agent(&self, name: &str) -> Program {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ebb"));
         command
-            .args(["agent", "--interval", "200ms"])
+            .args(["agent", "--interval", "200ms", "--namespace", "default"])
+            .args(["--lease-duration", "4s", "--pod-resources-interval", "200ms"])
+            .arg("--pod-resources-socket")
+            .arg(self.socket())
+            .env("HOST_PROC", self.cluster.dir().join("proc"))
             .env("KUBECONFIG", &self.kubeconfig)
             .env("NODE_NAME", NODE)
             .env("POD_IP", IP)
             .env("LD_LIBRARY_PATH", library_dir())
             .env(STATE_ENV, &self.state);
         self.cluster.spawn(name, command).unwrap()
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.cluster.dir().join("kubelet").join("kubelet.sock")
+    }
+
+    async fn lease(&self) -> Option<Lease> {
+        let leases: Api<Lease> = Api::namespaced(self.cluster.client(), "default");
+        leases.get_opt(&format!("ebb-agent-{NODE}")).await.unwrap()
+    }
+
+    /// When the Lease was renewed last.
+    async fn renewed(&self) -> Option<MicroTime> {
+        self.lease().await?.spec?.renew_time
     }
 
     fn gpus(&self, change: impl FnOnce(&mut State)) {
@@ -141,6 +157,16 @@ impl Stage {
         })
         .await;
     }
+}
+
+fn gpu_node_crd() -> String {
+    let crds = Command::new(env!("CARGO_BIN_EXE_ebb"))
+        .arg("crds")
+        .output()
+        .unwrap();
+    let crds = String::from_utf8(crds.stdout).unwrap();
+    let mut crds = crds.split("---\n");
+    crds.find(|crd| crd.contains("kind: GpuNode")).unwrap().to_owned()
 }
 
 async fn own_kubeconfig(cluster: &Cluster) -> String {
@@ -188,7 +214,7 @@ fn writes() -> Vec<String> {
     let metrics = get("/metrics").unwrap();
     metrics
         .lines()
-        .filter(|line| line.starts_with("ebb_agent_writes_total"))
+        .filter(|line| line.starts_with("ebb_agent_writes_total") && !line.contains("Lease"))
         .map(str::to_owned)
         .collect()
 }
@@ -391,5 +417,149 @@ async fn adversarial_without_its_role_it_says_so_and_recovers() {
     stage
         .inventory("two cards", |found| healthy(found) == [true, true])
         .await;
+    stage.ready_says("200 OK").await;
+}
+
+fn verified(gpu_node: &GpuNode) -> (String, String) {
+    let conditions = &gpu_node.status.as_ref().unwrap().conditions;
+    let verified = conditions
+        .iter()
+        .find(|condition| condition.type_ == "Verified")
+        .unwrap();
+    (verified.status.clone(), verified.reason.clone())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tells_whose_memory_it_is_and_who_else_hands_cards_out() {
+    const UID: &str = "0f3b7a5e-2f4c-4b57-9a66-1f5f1a3f6f10";
+    let stage = Stage::set().await;
+    let mut gpus = two_gpus();
+    let (first, second) = (gpus.devices[0].uuid.clone(), gpus.devices[1].uuid.clone());
+    let process = |pid: u32, bytes: u64| Process {
+        uuid: first.clone(),
+        pid,
+        bytes,
+        told: true,
+    };
+    gpus.processes = vec![process(4242, 3 * GIB), process(4243, GIB)];
+    gpus.create(&stage.state).unwrap();
+    let slice = format!("kubepods-burstable-pod{}.slice", UID.replace('-', "_"));
+    for (pid, path) in [
+        (4242, format!("/../../{slice}/cri-containerd-9a1c.scope")),
+        (4243, "/user.slice".into()),
+    ] {
+        let dir = stage.cluster.dir().join("proc").join(pid.to_string());
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join("cgroup"), format!("0::{path}\n")).unwrap();
+    }
+    let _agent = stage.agent("agent");
+    let found = stage
+        .inventory("the pod's memory", |found| {
+            found.status.as_ref().is_some_and(|status| status.gpus.len() == 2)
+        })
+        .await;
+    let gpu = &found.status.as_ref().unwrap().gpus[0];
+    let pods: Vec<_> = gpu
+        .pods
+        .iter()
+        .map(|pod| (pod.uid.as_str(), pod.memory_used.map(|used| used.0)))
+        .collect();
+    assert_eq!(pods, [(UID, Some(3 * GIB))]);
+    assert_eq!(gpu.memory_foreign.map(|bytes| bytes.0), Some(GIB));
+    assert_eq!(verified(&found), ("Unknown".into(), "NoSocket".into()));
+    let metrics = get("/metrics").unwrap();
+    let line = metrics
+        .lines()
+        .find(|line| line.starts_with("ebb_agent_pod_gpu_memory_bytes{"))
+        .unwrap();
+    assert!(
+        line.contains(UID) && line.contains(&first) && line.ends_with(&(3 * GIB).to_string()),
+        "{line}"
+    );
+
+    // A kubelet that hands out nothing, and then a card.
+    let listener = pod_resources::listen(&stage.socket()).unwrap();
+    let allocations = stage.socket().with_file_name(pod_resources::ALLOCATIONS);
+    let kubelet = tokio::spawn(pod_resources::serve(listener, allocations.clone()));
+    stage
+        .inventory("one owner", |found| {
+            verified(found) == ("True".into(), "OneOwner".into())
+        })
+        .await;
+    stage.figure_becomes(2 * USABLE).await;
+    std::fs::write(&allocations, format!("default train-0 nvidia.com/gpu {second}\n")).unwrap();
+    let handed = stage
+        .inventory("a card with two owners", |found| healthy(found) == [true, false])
+        .await;
+    let why = handed.status.as_ref().unwrap().gpus[1]
+        .unhealthy_reason
+        .clone()
+        .unwrap();
+    assert!(
+        why.starts_with("handed to default/train-0 as nvidia.com/gpu: a GPU has one owner"),
+        "{why}"
+    );
+    assert_eq!(verified(&handed), ("False".into(), "HandedOut".into()));
+    stage.figure_becomes(USABLE).await;
+    // A kubelet that is silent gives nothing back.
+    kubelet.abort();
+    stage.ready_says("200 OK").await;
+    std::fs::remove_file(stage.socket()).unwrap();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(healthy(&stage.gpu_nodes.get(NODE).await.unwrap()), [true, false]);
+    // Back, and the pod has ended.
+    std::fs::remove_file(&allocations).unwrap();
+    let listener = pod_resources::listen(&stage.socket()).unwrap();
+    let _kubelet = tokio::spawn(pod_resources::serve(listener, allocations));
+    stage
+        .inventory("it is free again", |found| healthy(found) == [true, true])
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn crash_of_the_driver_ends_the_renewals() {
+    let stage = Stage::set().await;
+    two_gpus().create(&stage.state).unwrap();
+    let _agent = stage.agent("agent");
+    let found = stage
+        .inventory("two cards", |found| healthy(found) == [true, true])
+        .await;
+    let lease = eventually("its Lease", async || stage.lease().await).await;
+    assert_eq!(found.status.unwrap().lease, lease.metadata.name);
+    assert_eq!(lease.metadata.owner_references.unwrap()[0].kind, "Node");
+    assert_eq!(
+        lease.metadata.labels.unwrap()["app.kubernetes.io/name"],
+        "ebb-agent"
+    );
+    let spec = lease.spec.unwrap();
+    assert_eq!(spec.lease_duration_seconds, Some(4));
+    let moves = async |since: Option<MicroTime>| {
+        eventually("a renewal", async || {
+            let now = stage.renewed().await;
+            (now != since).then_some(())
+        })
+        .await;
+    };
+    moves(spec.renew_time).await;
+
+    // A call into the driver that does not return: the library opens a pipe to which nobody writes.
+    let kept = stage.state.with_extension("kept");
+    let pipe = stage.state.with_extension("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    std::fs::copy(&stage.state, &kept).unwrap();
+    std::fs::rename(&pipe, &stage.state).unwrap();
+    stage.ready_says("a call into NVIDIA's driver hangs").await;
+    let last = stage.renewed().await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(stage.renewed().await, last, "three renewals were due");
+
+    // It returns.
+    let hung = std::fs::OpenOptions::new()
+        .write(true)
+        .open(&stage.state)
+        .unwrap();
+    std::fs::rename(&kept, &stage.state).unwrap();
+    drop(hung);
+    moves(last).await;
     stage.ready_says("200 OK").await;
 }

@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use ebb::agent::inventory::{GpuReading, Observation};
+use ebb::agent::inventory::{GpuReading, Observation, Owner, Process as Found};
 use ebb::agent::nvml::{GpuReader, NvmlReader};
 use ebb::api::units::Bytes;
-use ebb_lab::nvml_state::{Health, Process, STATE_ENV, State, library_dir};
+use ebb_lab::nvml_state::{Health, Instance, Process, STATE_ENV, State, library_dir};
 
 const GIB: u64 = 1 << 30;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -31,6 +31,14 @@ const CASES: &[Case] = &[
         a_critical_error_is_heard_of_at_once,
     ),
     ("an_unknown_process_is_unknown", an_unknown_process_is_unknown),
+    (
+        "processes_are_found_by_their_cgroup",
+        processes_are_found_by_their_cgroup,
+    ),
+    (
+        "mig_instances_are_gpus_of_their_own",
+        mig_instances_are_gpus_of_their_own,
+    ),
     (
         "adversarial_a_damaged_answer_takes_no_node_out",
         adversarial_a_damaged_answer_takes_no_node_out,
@@ -66,7 +74,7 @@ fn inside() {
 #[test]
 fn without_the_library_it_says_what_to_do() {
     let mut first = None;
-    NvmlReader::default().run(Duration::from_millis(1), &mut |observation| {
+    NvmlReader::new("/proc").run(Duration::from_millis(1), &mut |observation| {
         first = Some(observation);
         ControlFlow::Break(())
     });
@@ -77,6 +85,19 @@ fn without_the_library_it_says_what_to_do() {
     }
 }
 
+/// Where a case says which cgroup a process is in.
+fn proc_dir() -> PathBuf {
+    let mut dir = std::env::var_os(STATE_ENV).unwrap();
+    dir.push(".proc");
+    dir.into()
+}
+
+fn cgroup(pid: u32, text: &str) {
+    let dir = proc_dir().join(pid.to_string());
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::write(dir.join("cgroup"), text).unwrap();
+}
+
 fn two_gpus() -> State {
     State::new("node-1", 2, 24 * GIB, GIB / 2, "NVIDIA L4")
 }
@@ -85,7 +106,7 @@ fn two_gpus() -> State {
 fn steps(interval: Duration, mut steps: Vec<Step<'_>>) {
     let begun = Instant::now();
     steps.reverse();
-    NvmlReader::default().run(interval, &mut |observation| {
+    NvmlReader::new(proc_dir()).run(interval, &mut |observation| {
         let (what, step) = steps.last_mut().unwrap();
         assert!(
             begun.elapsed() < PATIENCE,
@@ -116,7 +137,8 @@ fn step<'a>(what: &'static str, seen: impl Fn(&Observation) -> bool + 'a, then: 
 }
 
 fn card(observation: &Observation, index: usize) -> Option<GpuReading> {
-    observation.as_ref().ok()?.gpus.get(index)?.clone().ok()
+    let reading = observation.as_ref().ok()?;
+    reading.cards.get(index)?.as_ref().ok()?.gpus.first().cloned()
 }
 
 fn change(path: &Path, change: impl FnOnce(&mut State)) {
@@ -172,8 +194,8 @@ fn a_lost_card_is_silent_and_comes_back(path: PathBuf) {
     two_gpus().create(&path).unwrap();
     let lost = |seen: &Observation| {
         let reading = seen.as_ref().unwrap();
-        reading.gpus.len() == 2
-            && reading.gpus[1]
+        reading.cards.len() == 2
+            && reading.cards[1]
                 .as_ref()
                 .is_err_and(|why| why.0.contains("fell off the bus"))
     };
@@ -247,10 +269,152 @@ fn an_unknown_process_is_unknown(path: PathBuf) {
     state.create(&path).unwrap();
     let seen = |seen: &Observation| {
         card(seen, 0).is_some_and(|gpu| {
-            gpu.memory_used == Some(Bytes(3 * GIB)) && gpu.processes == Some(vec![None, Some(Bytes(GIB))])
+            let figures = gpu.processes.iter().flatten().map(|process| process.memory);
+            gpu.memory_used == Some(Bytes(3 * GIB)) && figures.collect::<Vec<_>>() == [None, Some(Bytes(GIB))]
         })
     };
     steps(OFTEN, vec![step("both processes", seen, || {})]);
+}
+
+const UID: &str = "0f3b7a5e-2f4c-4b57-9a66-1f5f1a3f6f10";
+
+fn on(uuid: &str, pid: u32, bytes: u64) -> Process {
+    Process {
+        uuid: uuid.to_owned(),
+        pid,
+        bytes,
+        told: true,
+    }
+}
+
+fn processes_are_found_by_their_cgroup(path: PathBuf) {
+    let mut state = two_gpus();
+    let uuid = state.devices[0].uuid.clone();
+    state.processes = (1..=3).map(|pid| on(&uuid, pid, u64::from(pid) * GIB)).collect();
+    state.create(&path).unwrap();
+    let slice = format!("kubepods-burstable-pod{}.slice", UID.replace('-', "_"));
+    cgroup(1, &format!("0::/../../{slice}/cri-containerd-9a1c.scope\n"));
+    cgroup(2, "0::/user.slice/user-1000.slice/session-3.scope\n");
+    // The third has ended meanwhile.
+    let found = |owner: Owner, gib: u64| Found {
+        owner,
+        memory: Some(Bytes(gib * GIB)),
+    };
+    let owners = |third: Owner| {
+        vec![
+            found(Owner::Pod(UID.into()), 1),
+            found(Owner::NoPod, 2),
+            found(third, 3),
+        ]
+    };
+    let seen = |third: Owner| {
+        move |seen: &Observation| {
+            card(seen, 0).is_some_and(|gpu| gpu.processes == Some(owners(third.clone())))
+        }
+    };
+    steps(
+        OFTEN,
+        vec![
+            step(
+                "one of a pod, one of none, one unseen",
+                seen(Owner::Unknown),
+                || {
+                    cgroup(3, &format!("0::/kubepods/pod{UID}/9a1c\n"));
+                },
+            ),
+            step("it is the pod's too", seen(Owner::Pod(UID.into())), || {}),
+        ],
+    );
+}
+
+/// UUID, MIG instance, total, used, and whether it is without a fault.
+type Part = (String, Option<u32>, Bytes, Option<Bytes>, bool);
+
+fn mig_instances_are_gpus_of_their_own(path: PathBuf) {
+    let instance = |place: u32, uuid: &str| Instance {
+        place,
+        uuid: uuid.to_owned(),
+        total: 10 * GIB,
+        profile: "3g.10gb".to_owned(),
+    };
+    let mut state = two_gpus();
+    let (cut, whole) = (state.devices[0].uuid.clone(), state.devices[1].uuid.clone());
+    state.devices[0].mig = Some(Vec::new());
+    state.create(&path).unwrap();
+    let gpus = |seen: &Observation| -> Vec<Part> {
+        let Ok(reading) = seen else { return Vec::new() };
+        let gpus = reading.gpus().map(|(_, gpu)| {
+            let GpuReading {
+                uuid,
+                instance,
+                memory_total,
+                memory_used,
+                ..
+            } = gpu.clone();
+            (
+                uuid.to_string(),
+                instance,
+                memory_total,
+                memory_used,
+                gpu.fault.is_none(),
+            )
+        });
+        gpus.collect()
+    };
+    let other = (whole, None, Bytes(24 * GIB), Some(Bytes(0)), true);
+    let parts = |used: u64, good: bool| {
+        vec![
+            (
+                "MIG-x".to_owned(),
+                Some(0),
+                Bytes(10 * GIB),
+                Some(Bytes(used)),
+                good,
+            ),
+            ("MIG-y".to_owned(), Some(4), Bytes(10 * GIB), Some(Bytes(0)), good),
+            other.clone(),
+        ]
+    };
+    let empty = vec![
+        (cut.clone(), None, Bytes(24 * GIB), Some(Bytes(0)), false),
+        other.clone(),
+    ];
+    steps(
+        OFTEN,
+        vec![
+            step(
+                "a card without instances takes nothing",
+                |seen| gpus(seen) == empty,
+                || {
+                    change(&path, |state| {
+                        state.devices[0].mig = Some(vec![instance(0, "MIG-x"), instance(4, "MIG-y")]);
+                        state.processes.push(on("MIG-x", 7, 3 * GIB));
+                    });
+                },
+            ),
+            step(
+                "its instances",
+                |seen| {
+                    let named = card(seen, 0).is_some_and(|gpu| gpu.name == "NVIDIA L4 MIG 3g.10gb");
+                    named && gpus(seen) == parts(3 * GIB, true)
+                },
+                || change(&path, |state| state.devices[0].health = Health::Xid(48)),
+            ),
+            step(
+                "the card's fault is all of its instances'",
+                |seen| gpus(seen) == parts(3 * GIB, false),
+                || change(&path, |state| state.devices[0].health = Health::Lost),
+            ),
+            step(
+                "a lost card is silent with its instances",
+                |seen| {
+                    gpus(seen) == [other.clone()]
+                        && seen.as_ref().is_ok_and(|reading| reading.cards.len() == 2)
+                },
+                || {},
+            ),
+        ],
+    );
 }
 
 fn adversarial_a_damaged_answer_takes_no_node_out(path: PathBuf) {

@@ -11,7 +11,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::ensure;
-use ebb_lab::ebb_install::MODELS;
+use ebb_lab::ebb_install::{EBB, MODELS};
+use ebb_lab::node::NodeSpec;
 use futures::future::try_join_all;
 use hall::{GIB, Hall, STEP};
 use kube::ResourceExt as _;
@@ -41,6 +42,8 @@ fn e2e_extender() {
 }
 
 async fn scenarios(hall: &mut Hall) -> anyhow::Result<()> {
+    step("crash: an agent that is not heard of closes its node, and opens it when it is back");
+    agent_silent(hall).await?;
     for node in ["gpu-a", "gpu-b", "gpu-c"] {
         hall.add_node(node, 4, 40 * GIB).await?;
     }
@@ -69,6 +72,59 @@ fn step(what: &str) {
 /// The ledger's watch is not ours: it is given a moment.
 async fn moment() {
     tokio::time::sleep(Duration::from_secs(1)).await;
+}
+
+/// A node with an agent of its own, which is taken away and given back; the other nodes have none.
+async fn agent_silent(hall: &Hall) -> anyhow::Result<()> {
+    const NODE: &str = "gpu-real";
+    let agents = async |selector: &str| {
+        let patch = format!(r#"{{"spec":{{"template":{{"spec":{{"nodeSelector":{selector}}}}}}}}}"#);
+        let daemon = [
+            "patch",
+            "daemonset",
+            "ebb-agent",
+            "-n",
+            EBB,
+            "--type=merge",
+            "-p",
+            &patch,
+        ];
+        hall.site.kubectl(&daemon).await
+    };
+    let lasts = [
+        "set",
+        "env",
+        "daemonset/ebb-agent",
+        "-n",
+        EBB,
+        "EBB_AGENT_LEASE_DURATION=4s",
+    ];
+    hall.site.kubectl(&lasts).await?;
+    hall.site
+        .nodes
+        .add(NodeSpec::gpu(NODE, 1, 24 * GIB, "NVIDIA L4"))
+        .await?;
+    hall.create("heard", 8 * GIB, json!({})).await?;
+    hall.bound("heard").await?;
+    agents(r#"{"nowhere":"true"}"#).await?;
+    let closed = "its agent has not been heard of for over 4 s: new pods go elsewhere until it is";
+    hall.told(NODE, closed).await?;
+    ensure!(
+        hall.pods()
+            .get("heard")
+            .await?
+            .metadata
+            .deletion_timestamp
+            .is_none()
+    );
+    hall.create("unheard", 8 * GIB, json!({})).await?;
+    let told = hall.refused("unheard").await?;
+    ensure!(told.contains(closed), "{told}");
+    agents(r#"{"nowhere":null}"#).await?;
+    hall.bound("unheard").await?;
+    hall.told(NODE, "its agent is heard of again").await?;
+    hall.clear().await?;
+    hall.site.nodes.remove(NODE).await
 }
 
 async fn share_one_gpu(hall: &Hall) -> anyhow::Result<()> {

@@ -15,6 +15,7 @@ fn at(second: i64) -> Timestamp {
 fn gpu(uuid: &str) -> GpuReading {
     GpuReading {
         uuid: uuid.into(),
+        instance: None,
         name: "NVIDIA L4".to_owned(),
         memory_total: Bytes(24 * GIB),
         memory_reserved: Bytes(GIB / 2),
@@ -26,10 +27,29 @@ fn gpu(uuid: &str) -> GpuReading {
 }
 
 fn reading(gpus: Vec<Result<GpuReading, Silence>>) -> Observation {
+    let whole = |gpu: GpuReading| Card {
+        uuid: gpu.uuid.clone(),
+        gpus: vec![gpu],
+    };
+    cards(gpus.into_iter().map(|gpu| gpu.map(whole)).collect())
+}
+
+fn cards(cards: Vec<Result<Card, Silence>>) -> Observation {
     Ok(Reading {
         driver_version: "570.124.06".to_owned(),
-        gpus,
+        cards,
     })
+}
+
+fn status(observed: &Observation, known: &GpuNodeStatus, now: Timestamp) -> GpuNodeStatus {
+    super::status(observed, &Holdings::default(), known, now)
+}
+
+fn process(owner: Owner, memory: Option<u64>) -> Process {
+    Process {
+        owner,
+        memory: memory.map(Bytes),
+    }
 }
 
 fn no_driver() -> Observation {
@@ -127,18 +147,20 @@ fn what_the_api_server_gives_back_is_settled() {
 
 #[test]
 fn unknown_is_not_zero() {
-    let unknown = |processes| GpuReading {
+    let unknown = |figures: Option<&[Option<u64>]>| GpuReading {
         memory_used: None,
-        processes,
+        processes: figures.map(|figures| {
+            figures
+                .iter()
+                .map(|bytes| process(Owner::NoPod, *bytes))
+                .collect()
+        }),
         ..gpu("a")
     };
-    let used = |reading| answered(0, &reading).memory_used;
+    let used = |reading| answered(0, &reading, None).memory_used;
     assert_eq!(used(unknown(None)), None);
-    assert_eq!(used(unknown(Some(vec![Some(Bytes(5)), None]))), None);
-    assert_eq!(
-        used(unknown(Some(vec![Some(Bytes(5)), Some(Bytes(6))]))),
-        Some(Bytes(11))
-    );
+    assert_eq!(used(unknown(Some(&[Some(5), None]))), None);
+    assert_eq!(used(unknown(Some(&[Some(5), Some(6)]))), Some(Bytes(11)));
     assert_eq!(used(gpu("a")), Some(Bytes(0)));
 }
 
@@ -181,6 +203,147 @@ fn the_nodes_figure_is_compared_as_a_number() {
     assert_eq!(node_change(Bytes(0), Some("0"), Some("0")), None);
 }
 
+/// What the card uses, its pods and what is no pod's.
+fn told(used: u64, processes: Vec<Process>) -> (Vec<(String, Option<u64>)>, Option<u64>) {
+    let reading = GpuReading {
+        memory_used: Some(Bytes(used)),
+        processes: Some(processes),
+        ..gpu("a")
+    };
+    let gpu = answered(0, &reading, None);
+    let pods = gpu.pods.iter();
+    let pods = pods.map(|pod| (pod.uid.to_string(), pod.memory_used.map(|bytes| bytes.0)));
+    (pods.collect(), gpu.memory_foreign.map(|bytes| bytes.0))
+}
+
+#[test]
+fn memory_is_told_by_pod() {
+    let pod = |uid: &str| Owner::Pod(uid.into());
+    let two = vec![
+        process(pod("b"), Some(3)),
+        process(pod("a"), Some(2)),
+        process(pod("b"), Some(4)),
+        process(Owner::NoPod, Some(5)),
+    ];
+    // 20 in use: 9 of pods, 5 of a process of the machine, and 6 that no process shows.
+    let sums = vec![("a".to_owned(), Some(2)), ("b".to_owned(), Some(7))];
+    assert_eq!(told(20, two.clone()), (sums.clone(), Some(11)));
+    // One figure that NVML cannot give leaves its pod's sum unknown, and what is nobody's.
+    let mut unknown = two.clone();
+    unknown.push(process(pod("a"), None));
+    let some = vec![("a".to_owned(), None), ("b".to_owned(), Some(7))];
+    assert_eq!(told(20, unknown), (some, None));
+    // So does a process whose owner cannot be seen.
+    let mut ownerless = two;
+    ownerless.push(process(Owner::Unknown, Some(1)));
+    assert_eq!(told(20, ownerless), (sums, None));
+    assert_eq!(told(7, Vec::new()), (Vec::new(), Some(7)));
+    // Too many to tell: what is left out must not count as nobody's.
+    let crowd = (0..100).map(|n| process(pod(&n.to_string()), Some(1))).collect();
+    let (pods, foreign) = told(200, crowd);
+    assert_eq!((pods.len(), foreign), (PODS_TOLD, None));
+}
+
+#[test]
+fn what_a_pod_uses_is_written_when_it_moved_enough() {
+    let with = |pods: &[(&str, u64)]| {
+        let processes = pods.iter();
+        let processes = processes.map(|(uid, bytes)| process(Owner::Pod((*uid).into()), Some(*bytes)));
+        let gpu = GpuReading {
+            memory_used: Some(Bytes(8 * GIB)),
+            processes: Some(processes.collect()),
+            ..gpu("a")
+        };
+        status(&reading(vec![Ok(gpu)]), &GpuNodeStatus::default(), at(1))
+    };
+    let before = with(&[("p", 2 * GIB), ("q", GIB)]);
+    let reason = |now: &GpuNodeStatus| {
+        let change = change(now, Some(&before))?;
+        assert!(change.only_used, "{}", change.reason);
+        Some(change.reason)
+    };
+    assert_eq!(
+        reason(&with(&[("p", 2 * GIB + USED_TOLERANCE.0), ("q", GIB)])),
+        None
+    );
+    assert_eq!(
+        reason(&with(&[("p", 2 * GIB), ("q", 3 * GIB)])).unwrap(),
+        "pod q uses 3 GiB of GPU 0 after 1 GiB"
+    );
+    assert_eq!(
+        reason(&with(&[("q", GIB)])).unwrap(),
+        "GPU 0 has other pods on it"
+    );
+}
+
+#[test]
+fn mig_instances_are_gpus_and_their_card_is_not() {
+    let instance = |uuid: &str, at: u32| GpuReading {
+        instance: Some(at),
+        name: "NVIDIA A100-SXM4-80GB MIG 3g.40gb".to_owned(),
+        memory_total: Bytes(40 * GIB),
+        memory_reserved: Bytes(0),
+        ..gpu(uuid)
+    };
+    let split = Card {
+        uuid: "card".into(),
+        gpus: vec![instance("MIG-x", 0), instance("MIG-y", 2)],
+    };
+    let known = status(
+        &cards(vec![Ok(split.clone()), Err(Silence("lost".to_owned()))]),
+        &GpuNodeStatus::default(),
+        at(1),
+    );
+    let listed = |status: &GpuNodeStatus| {
+        let gpus = status.gpus.iter();
+        gpus.map(|gpu| (gpu.uuid.to_string(), gpu.index, gpu.healthy))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(
+        listed(&known),
+        [("MIG-x".to_owned(), 0, true), ("MIG-y".to_owned(), 0, true)]
+    );
+    assert_eq!((known.count, capacity(&known)), (3, Bytes(80 * GIB)));
+    // The card falls silent: both of its instances do.
+    let gone = status(&cards(vec![lost().map(|_: GpuReading| split)]), &known, at(2));
+    assert_eq!(
+        listed(&gone),
+        [("MIG-x".to_owned(), 0, false), ("MIG-y".to_owned(), 0, false)]
+    );
+}
+
+#[test]
+fn a_card_that_another_plugin_handed_out_is_closed_and_opens_again() {
+    let observed = reading(vec![Ok(gpu("a")), Ok(gpu("b"))]);
+    let holdings = Holdings {
+        allocations: vec![owners::Allocation {
+            namespace: "default".to_owned(),
+            pod: "train-0".to_owned(),
+            resource: "nvidia.com/gpu".to_owned(),
+            device: "b".to_owned(),
+        }],
+        trouble: None,
+    };
+    let known = two();
+    let closed = super::status(&observed, &holdings, &known, at(2));
+    assert_eq!(capacity(&closed), Bytes(24 * GIB - GIB / 2));
+    let why = closed.gpus[1].unhealthy_reason.clone().unwrap();
+    assert!(why.contains("default/train-0"), "{why}");
+    // The same words in the condition.
+    assert!(
+        closed.conditions[1].message.contains(&why),
+        "{:?}",
+        closed.conditions
+    );
+    assert_eq!(closed.conditions[1].status, "False");
+    let open = status(&observed, &closed, at(3));
+    assert_eq!(capacity(&open), capacity(&known));
+    assert_eq!(
+        change(&open, Some(&closed)).unwrap().reason,
+        "GPU 1 (b) is healthy again"
+    );
+}
+
 fn any_observation() -> impl Strategy<Value = Observation> {
     let figures = (
         0..=32_u64,
@@ -194,7 +357,7 @@ fn any_observation() -> impl Strategy<Value = Observation> {
             memory_reserved: Bytes(reserved * GIB),
             memory_total: Bytes(total * GIB),
             memory_used: used.map(|used| Bytes(used * GIB)),
-            processes: None,
+            processes: used.map(|used| vec![process(Owner::Pod("p".into()), Some(used * GIB / 2))]),
             fault: faulty.then(|| "XID 79".to_owned()),
             ..gpu("")
         })
@@ -208,14 +371,14 @@ proptest! {
     fn any_sequence_of_readings_keeps_the_promises(observations in prop::collection::vec(any_observation(), 1..12)) {
         let mut known = GpuNodeStatus::default();
         for (second, observed) in (0..).zip(&observations) {
-            let status = status(observed, &known, at(second));
+            let status = self::status(observed, &known, at(second));
             // Keys of the list map are unique, or the API server refuses it all.
             let uuids: BTreeSet<_> = status.gpus.iter().map(|gpu| &gpu.uuid).collect();
             prop_assert_eq!(uuids.len(), status.gpus.len());
             prop_assert!(status.gpus.len() <= status.count as usize);
             // Capacity is what answering cards without a fault have, and nothing else.
             let mut seen = BTreeSet::new();
-            let expected: u64 = observed.iter().flat_map(|reading| reading.gpus.iter().flatten())
+            let expected: u64 = observed.iter().flat_map(|reading| reading.gpus().map(|(_, gpu)| gpu))
                 .filter(|gpu| seen.insert(gpu.uuid.clone()) && gpu.fault.is_none())
                 .map(|gpu| gpu.memory_total.0.saturating_sub(gpu.memory_reserved.0))
                 .sum();
@@ -224,10 +387,10 @@ proptest! {
             for gpu in &status.gpus {
                 prop_assert_eq!(gpu.healthy, gpu.unhealthy_reason.is_none());
             }
-            prop_assert_eq!(status.conditions.len(), 1);
+            prop_assert_eq!(status.conditions.len(), 2);
             // Once written, it is settled: the same reading again writes nothing.
             prop_assert_eq!(change(&status, Some(&status)), None);
-            let again = super::status(observed, &status, at(second + 100));
+            let again = self::status(observed, &status, at(second + 100));
             prop_assert_eq!(change(&again, Some(&status)), None);
             // Nothing but the tolerance may hide a difference.
             if change(&status, Some(&known)).is_none() {

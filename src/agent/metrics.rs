@@ -1,4 +1,6 @@
-//! The agent's own figures. The label is the card's index: a node has a handful.
+//! The agent's own figures. A card's label is its index: a node has a handful. A pod's is its UID, since the agent may
+//! not read pods: a right to read all of them on every GPU node is too much for a name, which `kube_pod_info` has for
+//! the same UID. Both are bounded by what one node runs, and go with it.
 
 use std::sync::atomic::AtomicU64;
 
@@ -8,12 +10,21 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::inventory::Observation;
+use super::inventory::{Observation, Owner, Process};
+use crate::api::gpu_node::GpuNodeStatus;
 
-/// A card.
+/// A card, or a MIG instance of one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Card {
     gpu: u32,
+    instance: Option<u32>,
+}
+
+/// A pod on a card.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PodOnCard {
+    uid: String,
+    uuid: String,
 }
 
 /// A kind of write.
@@ -23,6 +34,8 @@ pub enum Object {
     GpuNode,
     /// The Node's capacity.
     Node,
+    /// The Lease that says that both are true.
+    Lease,
 }
 
 /// What was written, and whether it worked.
@@ -55,6 +68,8 @@ pub struct Metrics {
     busy: Family<Card, Gauge<u64, AtomicU64>>,
     processes: Family<Card, Gauge<u64, AtomicU64>>,
     unknown: Family<Card, Gauge<u64, AtomicU64>>,
+    ownerless: Family<Card, Gauge<u64, AtomicU64>>,
+    pods: Family<PodOnCard, Gauge<u64, AtomicU64>>,
 }
 
 impl Metrics {
@@ -91,6 +106,14 @@ impl Metrics {
         );
         let help = "Processes whose memory NVML cannot tell";
         ebb.register("gpu_processes_of_unknown_memory", help, metrics.unknown.clone());
+        let help = "Processes of which the agent does not see whose they are";
+        ebb.register("gpu_processes_of_unknown_owner", help, metrics.ownerless.clone());
+        ebb.register_with_unit(
+            "pod_gpu_memory",
+            "GPU memory that a pod's processes use, by the pod's UID and the GPU's UUID",
+            unit(),
+            metrics.pods.clone(),
+        );
         metrics
     }
 
@@ -102,6 +125,7 @@ impl Metrics {
             &self.busy,
             &self.processes,
             &self.unknown,
+            &self.ownerless,
         ] {
             family.clear();
         }
@@ -110,22 +134,42 @@ impl Metrics {
             return;
         };
         self.reads.inc();
-        for (gpu, reading) in (0_u32..).zip(&reading.gpus) {
-            let Ok(reading) = reading else {
-                continue;
+        for (gpu, reading) in reading.gpus() {
+            let card = Card {
+                gpu,
+                instance: reading.instance,
             };
             let set = |family: &Family<Card, Gauge<u64, AtomicU64>>, value: Option<u64>| {
                 if let Some(value) = value {
-                    family.get_or_create(&Card { gpu }).set(value);
+                    family.get_or_create(&card).set(value);
                 }
             };
             set(&self.used, reading.memory_used.map(|used| used.0));
             set(&self.total, Some(reading.memory_total.0));
             set(&self.busy, reading.utilization.map(u64::from));
-            let processes = reading.processes.as_ref();
-            set(&self.processes, processes.map(|list| list.len() as u64));
-            let unknown = |list: &Vec<Option<_>>| list.iter().filter(|used| used.is_none()).count() as u64;
-            set(&self.unknown, processes.map(unknown));
+            let count = |which: &dyn Fn(&Process) -> bool| {
+                let processes = reading.processes.as_ref()?;
+                Some(processes.iter().filter(|process| which(process)).count() as u64)
+            };
+            set(&self.processes, count(&|_| true));
+            set(&self.unknown, count(&|process| process.memory.is_none()));
+            set(&self.ownerless, count(&|process| process.owner == Owner::Unknown));
+        }
+    }
+
+    /// Shows what each pod has, as it is published.
+    pub fn observe_pods(&self, status: &GpuNodeStatus) {
+        self.pods.clear();
+        for gpu in &status.gpus {
+            for pod in &gpu.pods {
+                if let Some(used) = pod.memory_used {
+                    let label = PodOnCard {
+                        uid: pod.uid.to_string(),
+                        uuid: gpu.uuid.to_string(),
+                    };
+                    self.pods.get_or_create(&label).set(used.0);
+                }
+            }
         }
     }
 }

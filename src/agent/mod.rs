@@ -1,23 +1,28 @@
 //! The process that publishes the GPUs of its node.
 //!
 //! ```text
-//! NVML ──▶ nvml (one thread) ──▶ inventory (pure) ──▶ publish ──▶ GpuNode, Node status
-//!                                    ▲                               │
-//!                                    └──────── watches of both ◀─────┘
+//! NVML, /proc ──▶ nvml (one thread) ──▶ inventory (pure) ──▶ publish ──▶ GpuNode, Node status, Lease
+//! kubelet ──────▶ kubelet ──▶ owners (pure) ──▲  ▲                           │
+//!                                                └─── watches of the first two
 //! ```
 //! The watches matter: the kubelet sets extended resources that it does not know to zero when it registers again,
 //! and somebody may delete the `GpuNode`. Both are put right from here. What was published stays when the agent
-//! stops: a card does not go away because its reader is being updated.
+//! stops: a card does not go away because its reader is being updated. The Lease says for how long that is believed:
+//! it is renewed only while NVML is read and what was read is published.
 
 pub mod budget;
+mod cgroup;
 pub mod inventory;
+pub mod kubelet;
 mod metrics;
 pub mod nvml;
+pub mod owners;
 pub mod publish;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,11 +42,19 @@ use self::budget::Budget;
 use self::inventory::Observation;
 use self::metrics::{Answer, Metrics, Object, Write};
 use self::nvml::{GpuReader, NvmlReader};
+use self::owners::Holdings;
 use self::publish::{Publisher, is_owned_by};
 use crate::api::gpu_node::{GpuNode, GpuNodeStatus};
-use crate::api::names::GPU_MEMORY;
+use crate::api::names::{self, GPU_MEMORY};
 use crate::api::units::{Bytes, NodeName};
 use crate::serve::health::{self, Readiness};
+
+/// A Lease is renewed this often within its duration, so that two that fail in a row close no node.
+const RENEWALS: u32 = 4;
+/// Readings that may fail to come before the Lease is not renewed any more.
+const MISSED_READINGS: u32 = 3;
+/// A reading itself may take this long: NVML is slow where no persistence daemon keeps the driver awake.
+const SLOWEST_READING: Duration = Duration::from_secs(5);
 
 /// Longest wait for one write.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -57,6 +70,21 @@ pub struct Args {
     /// How often NVML is read. Critical errors are heard of at once.
     #[arg(long, env = "EBB_AGENT_INTERVAL", default_value = "1s", value_parser = interval)]
     interval: Duration,
+    /// For how long what is published is believed without another word: of the agent's Lease. At least four intervals.
+    #[arg(long, env = "EBB_AGENT_LEASE_DURATION", default_value = "40s", value_parser = lease_duration)]
+    lease_duration: Duration,
+    /// Namespace that Ebb runs in; the agent's Lease is there.
+    #[arg(long, env = "POD_NAMESPACE", default_value = names::NAMESPACE)]
+    namespace: String,
+    /// The machine's /proc, where a process's cgroup names its pod. A container sees it with `hostPID`.
+    #[arg(long, env = "HOST_PROC", default_value = "/proc")]
+    proc_path: PathBuf,
+    /// The kubelet's PodResources socket, which says what device plugins handed out. Without it that is not verified.
+    #[arg(long, env = "EBB_POD_RESOURCES_SOCKET", default_value = kubelet::SOCKET)]
+    pod_resources_socket: PathBuf,
+    /// How often it is asked.
+    #[arg(long, env = "EBB_POD_RESOURCES_INTERVAL", default_value = "10s", value_parser = interval)]
+    pod_resources_interval: Duration,
     /// Address for /metrics, /healthz and /readyz.
     #[arg(long, env = "POD_IP", default_value = "0.0.0.0")]
     pod_ip: IpAddr,
@@ -66,12 +94,22 @@ pub struct Args {
 }
 
 fn interval(text: &str) -> Result<Duration, String> {
-    let wrong = |error: jiff::Error| error.to_string();
-    let parsed: jiff::SignedDuration = text.parse().map_err(wrong)?;
-    match Duration::try_from(parsed) {
-        Ok(parsed) if (Duration::from_millis(100)..=Duration::from_secs(60)).contains(&parsed) => Ok(parsed),
+    match duration(text)? {
+        parsed if (Duration::from_millis(100)..=Duration::from_secs(60)).contains(&parsed) => Ok(parsed),
         _ => Err("between 100ms and 60s".to_owned()),
     }
+}
+
+fn lease_duration(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        parsed if (Duration::from_secs(1)..=Duration::from_secs(300)).contains(&parsed) => Ok(parsed),
+        _ => Err("between 1s and 300s".to_owned()),
+    }
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let parsed: jiff::SignedDuration = text.parse().map_err(|error: jiff::Error| error.to_string())?;
+    Duration::try_from(parsed).map_err(|error| error.to_string())
 }
 
 /// Runs until `shutdown` is cancelled, then finishes what it holds.
@@ -82,7 +120,8 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
     let client = Client::try_default().await.context(
         "cannot find the API server: run this in a pod with a ServiceAccount, or point KUBECONFIG at a cluster",
     )?;
-    run_with(args, client, NvmlReader::default(), shutdown).await
+    let reader = NvmlReader::new(&args.proc_path);
+    Box::pin(run_with(args, client, reader, shutdown)).await
 }
 
 /// The same with the API server and the GPUs given.
@@ -99,9 +138,15 @@ async fn run_with(
     let health = health::serve(address, readiness.clone(), Arc::new(registry), shutdown.clone());
 
     let observed = read_on_a_thread(reader, args.interval, shutdown.clone())?;
+    let holdings = kubelet::follow(
+        args.pod_resources_socket.clone(),
+        args.pod_resources_interval,
+        shutdown.clone(),
+    );
     let node = NodeName::from(args.node_name.as_str());
-    let agent = Agent::new(Publisher::new(client, node), metrics, readiness);
-    let published = agent.run(observed, shutdown.clone());
+    let publisher = Publisher::new(client, node, &args.namespace);
+    let agent = Agent::new(publisher, metrics, readiness, args.interval, args.lease_duration);
+    let published = agent.run(observed, holdings, shutdown.clone());
     tokio::try_join!(health, published).map(|_| ())
 }
 
@@ -174,6 +219,12 @@ struct Agent {
     used_budget: Budget,
     /// For all other inventories: a card that comes and goes must not become a stream of writes.
     inventory_budget: Budget,
+    /// How old a reading may be, for the Lease to be renewed on it.
+    reading_lasts: Duration,
+    read_at: Option<Instant>,
+    lease_duration: Duration,
+    /// When the Lease is due.
+    renew_at: Option<Instant>,
     /// For the node's figure: should somebody else set it too, this bounds the quarrel.
     node_budget: Budget,
     retry: Duration,
@@ -181,7 +232,13 @@ struct Agent {
 }
 
 impl Agent {
-    fn new(publisher: Publisher, metrics: Metrics, readiness: Readiness) -> Self {
+    fn new(
+        publisher: Publisher,
+        metrics: Metrics,
+        readiness: Readiness,
+        interval: Duration,
+        lease_duration: Duration,
+    ) -> Self {
         Self {
             publisher,
             metrics,
@@ -191,6 +248,10 @@ impl Agent {
             known: None,
             used_budget: Budget::new(10, Duration::from_secs(2)),
             inventory_budget: Budget::new(10, Duration::from_secs(2)),
+            reading_lasts: interval * MISSED_READINGS + SLOWEST_READING,
+            read_at: None,
+            lease_duration: lease_duration.max(interval * RENEWALS),
+            renew_at: None,
             node_budget: Budget::new(10, Duration::from_secs(2)),
             retry: RETRY.0,
             not_before: None,
@@ -200,6 +261,7 @@ impl Agent {
     async fn run(
         mut self,
         mut observed: watch::Receiver<Option<Observation>>,
+        mut holdings: watch::Receiver<Option<Holdings>>,
         shutdown: CancellationToken,
     ) -> anyhow::Result<()> {
         let name = self.publisher.name().to_owned();
@@ -208,6 +270,7 @@ impl Agent {
         let (mut nodes, mut gpu_nodes) = (std::pin::pin!(nodes), std::pin::pin!(gpu_nodes));
         let mut wake: Option<Instant> = None;
         loop {
+            let overdue = self.read_at.map(|at| at + self.reading_lasts);
             tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
                 Some(event) = nodes.next() => match event {
@@ -220,18 +283,40 @@ impl Agent {
                 },
                 changed = observed.changed() => {
                     changed.context("the thread that reads NVML ended")?;
+                    self.read_at = Some(Instant::now());
                     if let Some(observation) = &*observed.borrow() {
                         self.metrics.observe(observation);
                     }
                 }
+                changed = holdings.changed() => changed.context("nobody asks the kubelet any more")?,
                 () = sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {}
+                () = sleep_until(overdue.unwrap_or_else(Instant::now)), if overdue.is_some() => {
+                    self.silent_driver();
+                    continue;
+                }
             }
-            let observation = observed.borrow().clone();
+            let (observation, holdings) = (observed.borrow().clone(), holdings.borrow().clone());
+            // Before the kubelet was asked, a card that it closed would be open for a moment.
+            let (Some(observation), Some(holdings)) = (observation, holdings) else {
+                continue;
+            };
             tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
-                next = self.step(observation.as_ref(), Instant::now()) => wake = next,
+                next = self.step(&observation, &holdings, Instant::now()) => wake = next,
             }
         }
+    }
+
+    /// A reading is overdue: said once, and again when it happens again.
+    fn silent_driver(&mut self) {
+        self.read_at = None;
+        let message = format!(
+            "no reading for {} ms: a call into NVIDIA's driver hangs, and new pods go elsewhere until it returns; look \
+             at the kernel's log, and restart the node if it does not",
+            self.reading_lasts.as_millis()
+        );
+        tracing::warn!("{message}");
+        self.readiness.not_ready(&message);
     }
 
     fn watch_failed(&self, what: &str, error: &kube::runtime::watcher::Error) {
@@ -240,8 +325,7 @@ impl Agent {
     }
 
     /// Brings what is published to what was read. Says when to come back although nothing happened.
-    async fn step(&mut self, observed: Option<&Observation>, now: Instant) -> Option<Instant> {
-        let observed = observed?;
+    async fn step(&mut self, observed: &Observation, holdings: &Holdings, now: Instant) -> Option<Instant> {
         match self.node {
             // A watch that fails says so itself.
             Seen::NotYet => return None,
@@ -263,8 +347,10 @@ impl Agent {
             Some(known) => known.clone(),
             None => published_status.cloned().unwrap_or_default(),
         };
-        let wanted = inventory::status(observed, &known, Timestamp::now());
+        let mut wanted = inventory::status(observed, holdings, &known, Timestamp::now());
+        wanted.lease = Some(self.publisher.lease_name().to_owned());
         self.known = Some(wanted.clone());
+        self.metrics.observe_pods(&wanted);
         if let Some(not_before) = self.not_before.filter(|at| *at > now) {
             return Some(not_before);
         }
@@ -293,6 +379,7 @@ impl Agent {
     async fn publish(&mut self, wanted: &GpuNodeStatus, now: Instant) -> Result<Option<Instant>, String> {
         let inventory = self.publish_inventory(wanted, now).await?;
         let figure = self.publish_figure(inventory::capacity(wanted), now).await?;
+        self.renew(now).await?;
         Ok(inventory.into_iter().chain(figure).min())
     }
 
@@ -368,6 +455,26 @@ impl Agent {
             }
             Err(error) => Err(format!("cannot write the Node's {GPU_MEMORY}: {error}")),
         }
+    }
+
+    /// Says that what is published is true now. Not while readings fail to come: a call into a driver that hangs is no
+    /// reading.
+    async fn renew(&mut self, now: Instant) -> Result<(), String> {
+        let Seen::There(node) = &self.node else {
+            return Ok(());
+        };
+        let fresh = self
+            .read_at
+            .is_some_and(|at| now.duration_since(at) <= self.reading_lasts);
+        if !fresh || self.renew_at.is_some_and(|at| at > now) {
+            return Ok(());
+        }
+        let written = bounded(self.publisher.renew(node, self.lease_duration)).await;
+        self.count(Object::Lease, written.is_ok());
+        written
+            .map_err(|error| format!("cannot renew the Lease {}: {error}", self.publisher.lease_name()))?;
+        self.renew_at = Some(now + self.lease_duration / RENEWALS);
+        Ok(())
     }
 
     fn count(&self, object: Object, ok: bool) {

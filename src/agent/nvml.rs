@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use nvml_wrapper::bitmasks::event::EventTypes;
@@ -13,9 +14,11 @@ use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvml_wrapper::enums::event::XidError;
 use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::event::EventSet;
+use nvml_wrapper::struct_wrappers::device::ProcessInfo;
 use nvml_wrapper::{Device, Nvml};
 
-use super::inventory::{Absent, GpuReading, Observation, Reading, Silence};
+use super::cgroup;
+use super::inventory::{Absent, Card, GpuReading, Observation, Owner, Process, Reading, Silence};
 use crate::api::units::{Bytes, GpuId};
 
 /// Where readings come from: NVML, or a script in tests.
@@ -27,9 +30,14 @@ pub trait GpuReader: Send {
 /// Critical errors that a program caused and the card outlives; NVIDIA's device plugin leaves out the same ones.
 const PROGRAM_ERRORS: [u64; 6] = [13, 31, 43, 45, 68, 109];
 
+/// MIG cuts a card into seven at most; a driver that says more is not believed.
+const MOST_INSTANCES: u32 = 64;
+
 /// NVML, loaded again whenever it stops answering.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct NvmlReader {
+    /// Where the machine's processes are told of: `/proc`, of the machine and not of a container.
+    proc: PathBuf,
     /// Cards with a critical error since the driver was loaded. NVML tells each once; a restart of the agent forgets.
     faults: BTreeMap<GpuId, String>,
 }
@@ -70,6 +78,15 @@ impl GpuReader for NvmlReader {
 }
 
 impl NvmlReader {
+    /// A reader that finds a process's pod below `proc`.
+    #[must_use]
+    pub fn new(proc: impl Into<PathBuf>) -> Self {
+        Self {
+            proc: proc.into(),
+            faults: BTreeMap::new(),
+        }
+    }
+
     fn session(
         &mut self,
         nvml: &Nvml,
@@ -84,7 +101,7 @@ impl NvmlReader {
                 Ok(reading) => reading,
                 Err(error) => return Ended::Failed { error, reads },
             };
-            let count = reading.gpus.len();
+            let count = reading.cards.len();
             match cards {
                 None => events = watch_errors(nvml, count),
                 Some(before) if before != count => return Ended::OtherCards,
@@ -131,62 +148,122 @@ impl NvmlReader {
     /// One look at everything. An error is one of the node's; a card's own is in the reading.
     fn read(&mut self, nvml: &Nvml) -> Result<Reading, NvmlError> {
         let driver_version = nvml.sys_driver_version()?;
-        let mut gpus = Vec::new();
+        let mut cards = Vec::new();
         for index in 0..nvml.device_count()? {
             // NVML's plain "unknown error" is often gone when asked again.
-            let gpu = match gpu(nvml, index) {
-                Err(NvmlError::Unknown) => gpu(nvml, index),
+            let card = match self.card(nvml, index) {
+                Err(NvmlError::Unknown) => self.card(nvml, index),
                 other => other,
             };
-            gpus.push(match gpu {
-                Ok(mut gpu) => {
-                    gpu.fault = gpu.fault.or_else(|| self.faults.get(&gpu.uuid).cloned());
-                    Ok(gpu)
-                }
+            cards.push(match card {
+                Ok(card) => Ok(card),
                 Err(error) if is_the_nodes(&error) => return Err(error),
                 Err(error) => Err(Silence(silence(&error))),
             });
         }
         // A card that was away has been reset: its old error is no more.
-        let here = |uuid: &GpuId| gpus.iter().flatten().any(|gpu: &GpuReading| gpu.uuid == *uuid);
+        let here = |uuid: &GpuId| cards.iter().flatten().any(|card: &Card| card.uuid == *uuid);
         self.faults.retain(|uuid, _| here(uuid));
-        Ok(Reading { driver_version, gpus })
+        Ok(Reading {
+            driver_version,
+            cards,
+        })
+    }
+
+    fn card(&self, nvml: &Nvml, index: u32) -> Result<Card, NvmlError> {
+        let device = nvml.device_by_index(index)?;
+        let uuid = GpuId::from(device.uuid()?.as_str());
+        let mut gpus = if device.mig_mode().is_ok_and(|mode| mode.current == 1) {
+            self.instances(&device)?
+        } else {
+            vec![self.gpu(&device, None)?]
+        };
+        // A critical error is told of the card; which of its instances it hit is not always known.
+        if let Some(fault) = self.faults.get(&uuid) {
+            for gpu in &mut gpus {
+                gpu.fault.get_or_insert_with(|| fault.clone());
+            }
+        }
+        Ok(Card { uuid, gpus })
+    }
+
+    /// The MIG instances of a card, or the card itself, closed, if it has none. Their places are numbered with gaps.
+    fn instances(&self, card: &Device<'_>) -> Result<Vec<GpuReading>, NvmlError> {
+        let mut gpus = Vec::new();
+        for instance in 0..card.mig_device_count()?.min(MOST_INSTANCES) {
+            match card.mig_device_by_index(instance) {
+                Ok(device) => gpus.push(self.gpu(&device, Some(instance))?),
+                Err(NvmlError::NotFound | NvmlError::InvalidArg) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if gpus.is_empty() {
+            gpus.push(GpuReading {
+                fault: Some(NO_INSTANCES.to_owned()),
+                ..self.gpu(card, None)?
+            });
+        }
+        Ok(gpus)
+    }
+
+    fn gpu(&self, device: &Device<'_>, instance: Option<u32>) -> Result<GpuReading, NvmlError> {
+        // Before the memory: what is taken between the two calls then counts as nobody's for one reading, and not as free.
+        let processes = self.processes(device)?;
+        let memory = device.memory_info()?;
+        let utilization = match device.utilization_rates() {
+            Ok(rates) => Some(rates.gpu),
+            Err(error) => optional(error)?,
+        };
+        Ok(GpuReading {
+            uuid: GpuId::from(device.uuid()?.as_str()),
+            instance,
+            name: device.name()?,
+            memory_total: Bytes(memory.total),
+            memory_reserved: Bytes(memory.reserved),
+            memory_used: Some(Bytes(memory.used)),
+            processes,
+            utilization,
+            fault: None,
+        })
+    }
+
+    /// Processes that compute and that draw; one that does both is listed in both.
+    fn processes(&self, device: &Device<'_>) -> Result<Option<Vec<Process>>, NvmlError> {
+        let mut processes: BTreeMap<u32, Option<Bytes>> = BTreeMap::new();
+        match device.running_compute_processes() {
+            Ok(list) => processes.extend(list.iter().map(known)),
+            Err(error) => return optional(error),
+        }
+        match device.running_graphics_processes() {
+            Ok(list) => processes.extend(list.iter().map(known)),
+            Err(error) => {
+                optional::<()>(error)?;
+            }
+        }
+        let whose = |(pid, memory)| Process {
+            owner: self.owner(pid),
+            memory,
+        };
+        Ok(Some(processes.into_iter().map(whose).collect()))
+    }
+
+    fn owner(&self, pid: u32) -> Owner {
+        match std::fs::read_to_string(self.proc.join(pid.to_string()).join("cgroup")) {
+            Ok(text) => cgroup::pod_uid(&text).map_or(Owner::NoPod, Owner::Pod),
+            Err(_) => Owner::Unknown,
+        }
     }
 }
 
-fn gpu(nvml: &Nvml, index: u32) -> Result<GpuReading, NvmlError> {
-    let device = nvml.device_by_index(index)?;
-    let memory = device.memory_info()?;
-    let processes = match device.running_compute_processes() {
-        Ok(processes) => Some(
-            processes
-                .into_iter()
-                .map(|process| known(&process.used_gpu_memory))
-                .collect(),
-        ),
-        Err(error) => optional(error)?,
-    };
-    let utilization = match device.utilization_rates() {
-        Ok(rates) => Some(rates.gpu),
-        Err(error) => optional(error)?,
-    };
-    Ok(GpuReading {
-        uuid: GpuId::from(device.uuid()?.as_str()),
-        name: device.name()?,
-        memory_total: Bytes(memory.total),
-        memory_reserved: Bytes(memory.reserved),
-        memory_used: Some(Bytes(memory.used)),
-        processes,
-        utilization,
-        fault: mig(&device),
-    })
-}
+const NO_INSTANCES: &str =
+    "MIG is on and the card has no instance: create some (nvidia-smi mig -cgi … -C), or turn MIG off";
 
-fn known(memory: &UsedGpuMemory) -> Option<Bytes> {
-    match memory {
-        UsedGpuMemory::Used(bytes) => Some(Bytes(*bytes)),
+fn known(process: &ProcessInfo) -> (u32, Option<Bytes>) {
+    let memory = match process.used_gpu_memory {
+        UsedGpuMemory::Used(bytes) => Some(Bytes(bytes)),
         UsedGpuMemory::Unavailable => None,
-    }
+    };
+    (process.pid, memory)
 }
 
 /// A figure that this card does not give is unknown; any other error is the card's.
@@ -195,11 +272,6 @@ fn optional<T>(error: NvmlError) -> Result<Option<T>, NvmlError> {
         NvmlError::NotSupported | NvmlError::NoPermission | NvmlError::FailedToLoadSymbol(_) => Ok(None),
         error => Err(error),
     }
-}
-
-fn mig(device: &Device<'_>) -> Option<String> {
-    let on = device.mig_mode().is_ok_and(|mode| mode.current == 1);
-    on.then(|| "MIG is on, and Ebb shares whole cards only: turn it off or keep Ebb off this node".to_owned())
 }
 
 /// Errors that say nothing about one card.

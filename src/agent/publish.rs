@@ -1,5 +1,9 @@
-//! What the agent writes: its `GpuNode`, and the node's `ebb.dev/gpu-memory`.
+//! What the agent writes: its `GpuNode`, the node's `ebb.dev/gpu-memory`, and its Lease.
 
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Node;
 use kube::api::{Patch, PatchParams};
 use kube::{Api, Client, Resource, ResourceExt};
@@ -13,6 +17,8 @@ use crate::api::units::{Bytes, NodeName};
 #[derive(Clone)]
 pub struct Publisher {
     node: NodeName,
+    lease_name: String,
+    leases: Api<Lease>,
     /// The cluster's nodes.
     pub nodes: Api<Node>,
     /// The cluster's inventories.
@@ -20,10 +26,12 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    /// A publisher for the node of that name.
+    /// A publisher for the node of that name; its Lease is in Ebb's namespace.
     #[must_use]
-    pub fn new(client: Client, node: NodeName) -> Self {
+    pub fn new(client: Client, node: NodeName, namespace: &str) -> Self {
         Self {
+            lease_name: names::agent_lease(node.as_str()),
+            leases: Api::namespaced(client.clone(), namespace),
             node,
             nodes: Api::all(client.clone()),
             gpu_nodes: Api::all(client),
@@ -36,6 +44,45 @@ impl Publisher {
         self.node.as_str()
     }
 
+    /// The name of the Lease.
+    #[must_use]
+    pub fn lease_name(&self) -> &str {
+        &self.lease_name
+    }
+
+    /// Renews the Lease, or makes it, owned by the Node so that it goes with it.
+    ///
+    /// # Errors
+    /// The API server's.
+    pub async fn renew(&self, owner: &Node, duration: Duration) -> kube::Result<Lease> {
+        let object = json!({
+            "apiVersion": Lease::api_version(&()),
+            "kind": Lease::kind(&()),
+            "metadata": {
+                "name": self.lease_name,
+                "labels": {names::NAME_LABEL: names::AGENT, names::PART_OF_LABEL: names::PART_OF},
+                "ownerReferences": [self.reference(owner)],
+            },
+            "spec": {
+                "holderIdentity": self.node,
+                "leaseDurationSeconds": duration.as_secs().max(1),
+                "renewTime": format!("{:.6}", Timestamp::now()),
+            },
+        });
+        self.leases
+            .patch(&self.lease_name, &params(), &Patch::Apply(object))
+            .await
+    }
+
+    fn reference(&self, owner: &Node) -> serde_json::Value {
+        json!({
+            "apiVersion": Node::api_version(&()),
+            "kind": Node::kind(&()),
+            "name": self.node,
+            "uid": owner.uid(),
+        })
+    }
+
     /// Makes the `GpuNode`, owned by the Node so that it goes with it.
     ///
     /// # Errors
@@ -46,12 +93,7 @@ impl Publisher {
             "kind": GpuNode::kind(&()),
             "metadata": {
                 "name": self.node,
-                "ownerReferences": [{
-                    "apiVersion": Node::api_version(&()),
-                    "kind": Node::kind(&()),
-                    "name": self.node,
-                    "uid": owner.uid(),
-                }],
+                "ownerReferences": [self.reference(owner)],
             },
             "spec": {},
         });

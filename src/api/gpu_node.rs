@@ -5,7 +5,7 @@ use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::units::{Bytes, GpuId};
+use super::units::{Bytes, GpuId, PodUid};
 
 /// The GPUs of one node. Written by `ebb agent`, named like its Node, and gone with it.
 #[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -20,7 +20,8 @@ use super::units::{Bytes, GpuId};
     printcolumn = r#"{"name":"GPUs","type":"integer","jsonPath":".status.count"}"#,
     printcolumn = r#"{"name":"Card","type":"string","jsonPath":".status.gpus[0].name"}"#,
     printcolumn = r#"{"name":"Driver","type":"string","jsonPath":".status.driverVersion"}"#,
-    printcolumn = r#"{"name":"Ready","type":"string","jsonPath":".status.conditions[?(@.type=='Ready')].status"}"#
+    printcolumn = r#"{"name":"Ready","type":"string","jsonPath":".status.conditions[?(@.type=='Ready')].status"}"#,
+    printcolumn = r#"{"name":"Verified","type":"string","jsonPath":".status.conditions[?(@.type=='Verified')].status","priority":1}"#
 )]
 pub struct GpuNodeSpec {}
 
@@ -30,28 +31,33 @@ pub struct GpuNodeSpec {}
 pub struct GpuNodeStatus {
     /// Version of the NVIDIA driver.
     pub driver_version: String,
-    /// Number of GPUs.
+    /// Number of GPUs; a MIG instance counts as one, and the card that it is a part of does not.
     pub count: u32,
+    /// The Lease in Ebb's namespace that the agent renews while this status is true. When it stops, new pods go to
+    /// other nodes. Absent: nobody renews one, and this is believed for ever.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lease: Option<String>,
     /// The GPUs, by index.
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["uuid"]))]
     pub gpus: Vec<Gpu>,
-    /// `Ready`: whether NVML answers, and if not, why.
+    /// `Ready`: whether NVML answers, and if not, why. `Verified`: whether the kubelet says that nobody else hands out
+    /// these GPUs.
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
 }
 
-/// One GPU.
+/// One GPU: a card, or a MIG instance of one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Gpu {
-    /// UUID as NVML gives it.
+    /// UUID as NVML gives it: `GPU-…`, or `MIG-…` for an instance.
     #[schemars(with = "String")]
     pub uuid: GpuId,
-    /// Index on the node.
+    /// Index on the node; a MIG instance has its card's.
     pub index: u32,
-    /// The card's name, as `NVIDIA L4`.
+    /// The card's name, as `NVIDIA L4`; a MIG instance's ends with its profile.
     pub name: String,
-    /// The card's memory, in bytes.
+    /// Its memory, in bytes.
     #[schemars(with = "i64")]
     pub memory_total: Bytes,
     /// Memory that the driver keeps for itself, in bytes; no pod can have it.
@@ -61,11 +67,33 @@ pub struct Gpu {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<i64>")]
     pub memory_used: Option<Bytes>,
+    /// What of that is no pod's, in bytes. Absent: NVML cannot say how much each process has, or whose one is; that
+    /// is not zero.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<i64>")]
+    pub memory_foreign: Option<Bytes>,
+    /// Pods that have processes on it, found by the processes' cgroups.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["uid"]))]
+    pub pods: Vec<PodOnGpu>,
     /// Whether pods can be put on it.
     pub healthy: bool,
     /// Why not, where it is not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unhealthy_reason: Option<String>,
+}
+
+/// A pod that has processes on a GPU.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PodOnGpu {
+    /// The pod's UID. A static pod has a hash here, not the UID that the API server shows.
+    #[schemars(with = "String")]
+    pub uid: PodUid,
+    /// What its processes use together, in bytes. Absent: NVML cannot say for all of them; that is not zero.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<i64>")]
+    pub memory_used: Option<Bytes>,
 }
 
 impl Gpu {

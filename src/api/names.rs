@@ -14,6 +14,12 @@ pub const CONTROLLER: &str = "ebb-controller";
 pub const GATE: &str = "ebb-gate";
 /// The agent's DaemonSet and ServiceAccount.
 pub const AGENT: &str = "ebb-agent";
+/// Label that says which of Ebb's processes an object belongs to.
+pub const NAME_LABEL: &str = "app.kubernetes.io/name";
+/// Label of everything that belongs to Ebb.
+pub const PART_OF_LABEL: &str = "app.kubernetes.io/part-of";
+/// Its value.
+pub const PART_OF: &str = "ebb";
 /// Secret with the CA and the serving certificate that the controller makes.
 pub const SERVING_SECRET: &str = "ebb-serving";
 /// Secret with the scheduler's client certificate for the extender.
@@ -42,3 +48,17 @@ pub const MEMORY_SHARE_ENV: &str = "EBB_GPU_MEMORY_SHARE";
 pub const RUNTIME_CLASS: &str = "nvidia";
 /// The scheduler's name that pods have when nobody chose one.
 pub const DEFAULT_SCHEDULER: &str = "default-scheduler";
+
+const AGENT_LEASE_PREFIX: &str = "ebb-agent-";
+
+/// The Lease, in Ebb's namespace, that the agent of this node renews.
+#[must_use]
+pub fn agent_lease(node: &str) -> String {
+    format!("{AGENT_LEASE_PREFIX}{node}")
+}
+
+/// The node whose agent renews this Lease.
+#[must_use]
+pub fn node_of_agent_lease(lease: &str) -> Option<&str> {
+    lease.strip_prefix(AGENT_LEASE_PREFIX)
+}

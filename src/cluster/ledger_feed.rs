@@ -1,6 +1,6 @@
 //! Keeps the ledger current from the same watches that feed the view: Kubernetes objects in, ledger events out.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
@@ -337,13 +337,17 @@ pub fn inventory(node: &GpuNode) -> Inventory {
 
 fn gpu_facts(gpu: &Gpu) -> GpuFacts {
     let why = || gpu.unhealthy_reason.as_deref().unwrap_or("unhealthy");
+    let pods = gpu.pods.iter();
     GpuFacts {
         id: gpu.uuid.clone(),
         index: gpu.index,
         usable: gpu.usable(),
         used: gpu.memory_used,
-        foreign: None,
-        used_by: BTreeMap::new(),
+        foreign: gpu.memory_foreign,
+        // A pod without a figure is left out: then what it declared stands.
+        used_by: pods
+            .filter_map(|pod| Some((pod.uid.clone(), pod.memory_used?)))
+            .collect(),
         closed: (!gpu.healthy).then(|| why().into()),
     }
 }
@@ -434,6 +438,21 @@ mod tests {
             pod_event(&serde_json::from_value(other).unwrap()),
             Some(neighbour)
         );
+    }
+
+    #[test]
+    fn what_pods_use_reaches_the_ledger_and_unknown_stays_unknown() {
+        let gpu = |extra: serde_json::Value| {
+            let mut gpu = json!({"uuid": "GPU-a", "index": 0, "name": "NVIDIA L4", "memoryTotal": 24, "memoryReserved": 1,
+                "memoryUsed": 20, "healthy": true});
+            json_patch::merge(&mut gpu, &extra);
+            gpu_facts(&serde_json::from_value(gpu).unwrap())
+        };
+        let told = gpu(json!({"memoryForeign": 3, "pods": [{"uid": "p", "memoryUsed": 17}, {"uid": "q"}]}));
+        assert_eq!(told.foreign, Some(Bytes(3)));
+        assert_eq!(told.used_by, [("p".into(), Bytes(17))].into());
+        let untold = gpu(json!({}));
+        assert_eq!((untold.foreign, untold.used_by.len()), (None, 0));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Kubernetes objects in and out of `plan`'s types: reflectors and writes.
 
+pub mod agents;
 pub mod call;
 pub mod client;
 pub mod clock;

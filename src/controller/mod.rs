@@ -13,6 +13,7 @@
 //! Everything starts in one order: client, certificates, view, servers, Lease. It stops in the other: the reconcilers
 //! finish their pass, the Lease is given back, and the servers finish what they have accepted.
 
+mod agents;
 mod conditions;
 mod facts;
 mod gates;
@@ -176,6 +177,7 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
         clock,
         since: Instant::now(),
     };
+    tokio::spawn(agents::follow(context.clone(), end.clone()));
     let extender = extender(&args, &context, &certificates);
     let routers = Routers {
         webhook: webhook::router(webhook::Context {

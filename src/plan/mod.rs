@@ -7,6 +7,7 @@ pub mod balance;
 pub mod endpoints;
 pub mod gate_ports;
 pub mod gating;
+pub mod heartbeats;
 pub mod hold;
 pub mod ledger;
 pub mod nodes_wanted;

@@ -11,6 +11,7 @@ use ebb_lab::ebb_install::{EBB, MODELS, Plan, Site};
 use futures::StreamExt as _;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::api::events::v1::Event;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::runtime::WatchStreamExt as _;
 use kube::{Api, ResourceExt as _};
@@ -284,6 +285,37 @@ impl Hall {
                 return Ok(message);
             }
             ensure!(tokio::time::Instant::now() < deadline, "{name} was told nothing");
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Waits until an Event on the node's `GpuNode` says this.
+    pub async fn told(&self, node: &str, note: &str) -> anyhow::Result<()> {
+        let events: Api<Event> = self.all();
+        let deadline = tokio::time::Instant::now() + STEP;
+        loop {
+            let list = events.list(&ListParams::default()).await?;
+            let about = |event: &Event| {
+                let regarding = event.regarding.as_ref();
+                regarding.is_some_and(|object| {
+                    object.kind.as_deref() == Some("GpuNode") && object.name.as_deref() == Some(node)
+                })
+            };
+            if list
+                .iter()
+                .any(|event| about(event) && event.note.as_deref() == Some(note))
+            {
+                return Ok(());
+            }
+            let notes: Vec<_> = list
+                .iter()
+                .filter(|event| about(event))
+                .map(|event| &event.note)
+                .collect();
+            ensure!(
+                tokio::time::Instant::now() < deadline,
+                "{node} is told {notes:?}, not {note:?}"
+            );
             tokio::time::sleep(LOOK).await;
         }
     }

@@ -8,7 +8,8 @@
  *  - memory: version 1 counts what the driver keeps for itself as used, version 2 tells it apart;
  *  - process lists: too small a buffer gives INSUFFICIENT_SIZE and the count that is needed;
  *  - a GPU that fell off the bus is still counted, and every question about it answers GPU_IS_LOST;
- *  - what such a GPU cannot do is NOT_SUPPORTED, not absent.
+ *  - what such a GPU cannot do is NOT_SUPPORTED, not absent;
+ *  - a MIG instance is a device with a handle of its own and is not counted; places of instances have gaps.
  *
  * Writers replace the file by rename, so one read sees one state. A file that makes no sense gives UNKNOWN.
  */
@@ -46,7 +47,9 @@ enum {
 };
 
 /* Bounds. A node has at most 16 GPUs today; a file past these is taken as damaged. */
-#define MAX_DEVICES 64
+#define MAX_DEVICES 192 /* cards and MIG instances together */
+#define MAX_CARDS 64
+#define MIG_PLACES 7
 #define MAX_FILE (1 << 20)
 #define EVENT_XID 8ULL
 #define VALUE_NOT_AVAILABLE UINT64_MAX
@@ -62,6 +65,9 @@ typedef struct {
     health_t health;
     unsigned xid;
     unsigned gpu_utilization, memory_utilization;
+    bool mig;       /* a card that is cut up */
+    int card;       /* of an instance: its card's place in snapshot.devices; -1 of a card */
+    unsigned place; /* of an instance: which of its card's */
 } device_t;
 
 typedef struct {
@@ -72,8 +78,8 @@ typedef struct {
 
 typedef struct {
     char driver[80];
-    unsigned device_count, process_count, process_room;
-    device_t devices[MAX_DEVICES];
+    unsigned device_count, card_count, process_count, process_room;
+    device_t devices[MAX_DEVICES]; /* the cards by index, then the instances */
     process_t *processes;
 } snapshot_t;
 
@@ -180,7 +186,7 @@ static int device_named(const snapshot_t *s, const char *uuid) {
 static bool read_device(snapshot_t *s, char *rest) {
     uint64_t index, total, reserved, xid = 48; /* double bit ECC error, when the file names none */
     char *w = word(&rest), *uuid = word(&rest);
-    if (s->device_count == MAX_DEVICES || !number(w, MAX_DEVICES, &index) || !uuid) return false;
+    if (s->device_count == MAX_CARDS || !number(w, MAX_CARDS, &index) || !uuid) return false;
     if (strlen(uuid) >= sizeof s->devices->uuid || device_named(s, uuid) >= 0) return false;
     if (!number(word(&rest), INT64_MAX, &total) || !number(word(&rest), total, &reserved)) return false;
     char *health = word(&rest);
@@ -193,12 +199,46 @@ static bool read_device(snapshot_t *s, char *rest) {
         d->health = XID;
         if (health[3] && (health[3] != '=' || !number(health + 4, 999, &xid))) return false;
     } else return false;
+    d->card = -1;
     d->index = (unsigned)index;
     d->xid = (unsigned)xid;
     d->total = total;
     d->reserved = reserved;
     snprintf(d->uuid, sizeof d->uuid, "%s", uuid);
     snprintf(d->name, sizeof d->name, "%s", rest);
+    s->device_count++;
+    return true;
+}
+
+/* mig UUID: the card is cut up. */
+static bool read_mig(snapshot_t *s, char *rest) {
+    char *uuid = word(&rest);
+    int card = uuid ? device_named(s, uuid) : -1;
+    if (card < 0 || s->devices[card].card >= 0) return false;
+    s->devices[card].mig = true;
+    return true;
+}
+
+/* instance CARD PLACE UUID TOTAL PROFILE: a part of a card that is cut up. */
+static bool read_instance(snapshot_t *s, char *rest) {
+    char *of = word(&rest);
+    uint64_t place, total;
+    int card = of ? device_named(s, of) : -1;
+    if (card < 0 || !s->devices[card].mig || s->device_count == MAX_DEVICES) return false;
+    if (!number(word(&rest), MIG_PLACES - 1, &place)) return false;
+    char *uuid = word(&rest);
+    if (!uuid || strlen(uuid) >= sizeof s->devices->uuid || device_named(s, uuid) >= 0) return false;
+    if (!number(word(&rest), s->devices[card].total, &total)) return false;
+    char *profile = word(&rest);
+    if (!profile) return false;
+    device_t *d = &s->devices[s->device_count];
+    memset(d, 0, sizeof *d);
+    d->card = card;
+    d->index = s->devices[card].index;
+    d->place = (unsigned)place;
+    d->total = total;
+    snprintf(d->uuid, sizeof d->uuid, "%s", uuid);
+    snprintf(d->name, sizeof d->name, "%.60s MIG %.24s", s->devices[card].name, profile);
     s->device_count++;
     return true;
 }
@@ -228,6 +268,11 @@ static bool read_process(snapshot_t *s, char *rest) {
     device_t *d = &s->devices[device];
     uint64_t room = d->total - d->reserved - d->used;
     d->used += counted < room ? counted : room; /* a GPU never says that it uses more than it has */
+    if (d->card >= 0) {
+        d = &s->devices[d->card];
+        room = d->total - d->reserved - d->used;
+        d->used += counted < room ? counted : room;
+    }
     return true;
 }
 
@@ -260,18 +305,24 @@ static bool parse(snapshot_t *s, char *text, nvmlReturn_t *state) {
         bool is_device = strncmp(line, "device ", 7) == 0;
         if (!is_device && !ordered) {
             qsort(s->devices, s->device_count, sizeof *s->devices, by_index);
+            s->card_count = s->device_count;
             ordered = true;
         }
         char *at = line, *what = word(&at);
         if (!at) return false;
         bool good = false;
         if (is_device) good = !ordered && read_device(s, at);
+        else if (strcmp(what, "mig") == 0) good = read_mig(s, at);
+        else if (strcmp(what, "instance") == 0) good = read_instance(s, at);
         else if (strcmp(what, "process") == 0) good = read_process(s, at);
         else if (strcmp(what, "utilization") == 0) good = read_utilization(s, at);
         if (!good) return false;
     }
-    if (!ordered) qsort(s->devices, s->device_count, sizeof *s->devices, by_index);
-    for (unsigned i = 0; i < s->device_count; i++) /* NVML numbers without gaps */
+    if (!ordered) {
+        qsort(s->devices, s->device_count, sizeof *s->devices, by_index);
+        s->card_count = s->device_count;
+    }
+    for (unsigned i = 0; i < s->card_count; i++) /* NVML numbers without gaps */
         if (s->devices[i].index != i) return false;
     return true;
 }
@@ -308,7 +359,8 @@ static nvmlReturn_t ask(nvmlDevice_t device, snapshot_t **snapshot, device_t **d
     nvmlReturn_t code = load(snapshot);
     if (code != OK) return code;
     int at = device_named(*snapshot, device->uuid);
-    code = at < 0 || (*snapshot)->devices[at].health == LOST ? GPU_IS_LOST : OK;
+    int card = at >= 0 && (*snapshot)->devices[at].card >= 0 ? (*snapshot)->devices[at].card : at;
+    code = at < 0 || (*snapshot)->devices[card].health == LOST ? GPU_IS_LOST : OK;
     if (code == OK) *d = &(*snapshot)->devices[at];
     else drop(*snapshot);
     return code;
@@ -431,7 +483,7 @@ API nvmlReturn_t nvmlDeviceGetCount_v2(unsigned *count) {
     snapshot_t *s;
     nvmlReturn_t code = load(&s);
     if (code != OK) return code;
-    *count = s->device_count; /* a lost GPU is counted */
+    *count = s->card_count; /* a lost GPU is counted */
     drop(s);
     return OK;
 }
@@ -449,7 +501,7 @@ API nvmlReturn_t nvmlDeviceGetHandleByIndex_v2(unsigned index, nvmlDevice_t *dev
     snapshot_t *s;
     nvmlReturn_t code = load(&s);
     if (code != OK) return code;
-    code = index < s->device_count ? give_handle(&s->devices[index], device) : INVALID_ARGUMENT;
+    code = index < s->card_count ? give_handle(&s->devices[index], device) : INVALID_ARGUMENT;
     drop(s);
     return code;
 }
@@ -480,7 +532,7 @@ API nvmlReturn_t nvmlDeviceGetHandleByPciBusId_v2(const char *id, nvmlDevice_t *
     nvmlReturn_t code = load(&s);
     if (code != OK) return code;
     code = NOT_FOUND;
-    for (unsigned i = 0; i < s->device_count && code == NOT_FOUND; i++) {
+    for (unsigned i = 0; i < s->card_count && code == NOT_FOUND; i++) {
         char full[32], legacy[32], bare[32];
         bus_id(s->devices[i].index, full, sizeof full, 8);
         bus_id(s->devices[i].index, legacy, sizeof legacy, 4);
@@ -538,11 +590,33 @@ API nvmlReturn_t nvmlDeviceGetComputeMode(nvmlDevice_t device, unsigned *mode) {
 }
 
 API nvmlReturn_t nvmlDeviceIsMigDeviceHandle(nvmlDevice_t device, unsigned *is_mig) {
-    WITH_DEVICE(device, code = give_number(0, is_mig));
+    WITH_DEVICE(device, code = give_number(d->card >= 0, is_mig));
 }
 
 API nvmlReturn_t nvmlDeviceGetMaxMigDeviceCount(nvmlDevice_t device, unsigned *count) {
-    WITH_DEVICE(device, code = give_number(0, count));
+    WITH_DEVICE(device, code = give_number(d->mig ? MIG_PLACES : 0, count));
+}
+
+API nvmlReturn_t nvmlDeviceGetMigMode(nvmlDevice_t device, unsigned *current, unsigned *pending) {
+    WITH_DEVICE(device, {
+        code = d->mig ? give_number(1, current) : NOT_SUPPORTED;
+        if (code == OK) code = give_number(1, pending);
+    });
+}
+
+API nvmlReturn_t nvmlDeviceGetMigDeviceHandleByIndex(nvmlDevice_t device, unsigned index, nvmlDevice_t *mig) {
+    if (!mig) return initialized() ? INVALID_ARGUMENT : UNINITIALIZED;
+    WITH_DEVICE(device, {
+        code = !d->mig ? NOT_SUPPORTED : index >= MIG_PLACES ? INVALID_ARGUMENT : NOT_FOUND;
+        for (unsigned i = s->card_count; i < s->device_count && code == NOT_FOUND; i++)
+            if (&s->devices[s->devices[i].card] == d && s->devices[i].place == index)
+                code = give_handle(&s->devices[i], mig);
+    });
+}
+
+API nvmlReturn_t nvmlDeviceGetDeviceHandleFromMigDeviceHandle(nvmlDevice_t mig, nvmlDevice_t *device) {
+    if (!device) return initialized() ? INVALID_ARGUMENT : UNINITIALIZED;
+    WITH_DEVICE(mig, code = d->card >= 0 ? give_handle(&s->devices[d->card], device) : INVALID_ARGUMENT);
 }
 
 typedef struct {
@@ -580,6 +654,7 @@ typedef struct {
 API nvmlReturn_t nvmlDeviceGetUtilizationRates(nvmlDevice_t device, utilization_t *rates) {
     if (!rates) return initialized() ? INVALID_ARGUMENT : UNINITIALIZED;
     WITH_DEVICE(device, {
+        if (d->mig || d->card >= 0) code = NOT_SUPPORTED;
         rates->gpu = d->gpu_utilization;
         rates->memory = d->memory_utilization;
     });
@@ -623,9 +698,12 @@ static nvmlReturn_t processes(nvmlDevice_t device, unsigned *count, void *list, 
         bool given = *count > 0;
         for (unsigned i = 0; i < s->process_count; i++) {
             const process_t *p = &s->processes[i];
-            if (&s->devices[p->device] != d) continue;
+            device_t *on = &s->devices[p->device];
+            bool in_part = on->card >= 0; /* a card lists the processes of all its instances */
+            if (on != d && !(in_part && &s->devices[on->card] == d)) continue;
+            unsigned instance = in_part ? on->place + 1 : NO_INSTANCE, compute = in_part ? 0 : NO_INSTANCE;
             if (needed < room && with_instances)
-                ((process_v2_t *)list)[needed] = (process_v2_t){p->pid, p->used, NO_INSTANCE, NO_INSTANCE};
+                ((process_v2_t *)list)[needed] = (process_v2_t){p->pid, p->used, instance, compute};
             else if (needed < room) ((process_v1_t *)list)[needed] = (process_v1_t){p->pid, p->used};
             needed++;
         }
@@ -780,10 +858,7 @@ API nvmlReturn_t nvmlEventSetWait(event_set_t *set, event_t *event, unsigned tim
 /* The device is the first argument of each; the others are never looked at. */
 #define LACKS(name)                                                                                                    \
     API nvmlReturn_t name(nvmlDevice_t device) { WITH_DEVICE(device, code = NOT_SUPPORTED); }
-LACKS(nvmlDeviceGetMigMode)
 LACKS(nvmlDeviceSetMigMode)
-LACKS(nvmlDeviceGetMigDeviceHandleByIndex)
-LACKS(nvmlDeviceGetDeviceHandleFromMigDeviceHandle)
 LACKS(nvmlDeviceGetGpuInstanceProfileInfo)
 LACKS(nvmlDeviceGetAttributes_v2)
 LACKS(nvmlDeviceGetTemperature)

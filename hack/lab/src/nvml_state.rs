@@ -6,6 +6,8 @@
 //! ```text
 //! driver 570.124.06                        (or `nodriver`: NVML does not start)
 //! device INDEX UUID TOTAL RESERVED healthy|lost|xid[=CODE] NAME WITH SPACES
+//! mig CARD                                 (the card is cut up; left out: it is not)
+//! instance CARD PLACE UUID TOTAL PROFILE   (a part of it)
 //! process UUID PID BYTES                   (or `-1 [BYTES]`: counted, but NVML cannot say whose)
 //! utilization UUID GPU% MEMORY%            (left out: 0 and 0)
 //! ```
@@ -58,6 +60,21 @@ pub struct Device {
     pub name: String,
     /// Percent of time the GPU and its memory were busy.
     pub utilization: (u32, u32),
+    /// Its MIG instances, where MIG is on.
+    pub mig: Option<Vec<Instance>>,
+}
+
+/// A MIG instance of a GPU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Instance {
+    /// Which of its card's, with gaps.
+    pub place: u32,
+    /// `MIG-…`.
+    pub uuid: String,
+    /// Its memory, in bytes.
+    pub total: u64,
+    /// As `3g.40gb`.
+    pub profile: String,
 }
 
 /// Whether a GPU works.
@@ -153,6 +170,7 @@ impl State {
             health: Health::Healthy,
             name: name.to_owned(),
             utilization: (0, 0),
+            mig: None,
         };
         Self {
             devices: (0..count).map(device).collect(),
@@ -406,7 +424,19 @@ impl State {
                     health: health.parse()?,
                     name: name.join(" "),
                     utilization: (0, 0),
+                    mig: None,
                 });
+            }
+            ["mig", card] => self.card(card)?.mig = Some(Vec::new()),
+            ["instance", card, place, uuid, total, profile] => {
+                let instance = Instance {
+                    place: number(place)?,
+                    uuid: (*uuid).to_owned(),
+                    total: number(total)?,
+                    profile: (*profile).to_owned(),
+                };
+                let instances = self.card(card)?.mig.as_mut();
+                instances.ok_or("MIG is not on")?.push(instance);
             }
             ["process", uuid, pid, "-1", counted @ ..] => {
                 let bytes = counted.first().map_or(Ok(0), |word| number(word))?;
@@ -427,12 +457,16 @@ impl State {
                 });
             }
             ["utilization", uuid, gpu, memory] => {
-                let device = self.devices.iter_mut().find(|device| device.uuid == *uuid);
-                device.ok_or("no such device")?.utilization = (number(gpu)?, number(memory)?);
+                self.card(uuid)?.utilization = (number(gpu)?, number(memory)?);
             }
             _ => return Err("not a record"),
         }
         Ok(())
+    }
+
+    fn card(&mut self, uuid: &str) -> Result<&mut Device, &'static str> {
+        let mut devices = self.devices.iter_mut();
+        devices.find(|device| device.uuid == uuid).ok_or("no such device")
     }
 }
 
@@ -495,6 +529,19 @@ impl fmt::Display for State {
                 writeln!(f, "utilization {uuid} {gpu} {memory}")?;
             }
         }
+        for Device { uuid: card, mig, .. } in &self.devices {
+            let Some(instances) = mig else { continue };
+            writeln!(f, "mig {card}")?;
+            for Instance {
+                place,
+                uuid,
+                total,
+                profile,
+            } in instances
+            {
+                writeln!(f, "instance {card} {place} {uuid} {total} {profile}")?;
+            }
+        }
         for Process {
             uuid,
             pid,
@@ -525,6 +572,12 @@ mod tests {
         let mut state = State::new("node-1", 2, 24 * GIB, GIB / 2, "NVIDIA L4");
         state.devices[1].health = Health::Xid(63);
         state.devices[1].utilization = (40, 3);
+        state.devices[1].mig = Some(vec![Instance {
+            place: 2,
+            uuid: "MIG-a".to_owned(),
+            total: 4 * GIB,
+            profile: "1g.5gb".to_owned(),
+        }]);
         let uuid = state.devices[0].uuid.clone();
         state.processes.push(Process {
             uuid: uuid.clone(),

@@ -20,6 +20,13 @@ pub enum Event {
     Inventory(Inventory),
     /// The node has no inventory any more.
     InventoryGone(NodeName),
+    /// Whether the agent of a node is heard of, and if not, in words.
+    Agent {
+        /// The node.
+        node: NodeName,
+        /// Why nothing new can be put on any of its GPUs.
+        silent: Option<Arc<str>>,
+    },
     /// A pod that asks for GPU memory is like this now.
     Pod(PodFacts),
     /// A pod that asks for no GPU memory is like this now.

@@ -96,6 +96,7 @@ impl Ledger {
                 self.change(&inventory.node.clone(), |node| node.read(inventory));
             }
             Event::InventoryGone(name) => self.change(&name, NodeState::unread),
+            Event::Agent { node, silent } => self.change(&node, |node| node.silent = silent),
             Event::Pod(facts) => self.pod(facts),
             Event::Neighbour(facts) => self.neighbour(facts),
             Event::PodGone(uid) => {

@@ -33,6 +33,8 @@ pub struct NodeState {
     pub(super) allocatable: Option<Host>,
     pub(super) labels: Arc<Labels>,
     pub(super) inventory: Option<Inventory>,
+    /// Why its inventory is not believed any more, where that is so.
+    pub(super) silent: Option<Arc<str>>,
     pub(super) pods: BTreeMap<PodUid, Entry>,
     pub(super) holds: BTreeMap<PodUid, Entry>,
     /// Pods that went since the inventory was read: what they used is counted in it, and is free.
@@ -83,6 +85,7 @@ impl NodeState {
             allocatable: None,
             labels: Arc::default(),
             inventory: None,
+            silent: None,
             pods: BTreeMap::new(),
             holds: BTreeMap::new(),
             departed: Vec::new(),
@@ -171,7 +174,7 @@ impl NodeState {
     pub fn is_told(&self) -> bool {
         self.inventory
             .as_ref()
-            .is_some_and(|inventory| inventory.closed.is_none())
+            .is_some_and(|inventory| inventory.closed.is_none() && self.silent.is_none())
     }
 
     /// Whether it takes nothing new, and why.
@@ -185,7 +188,10 @@ impl NodeState {
         }
         match &self.inventory {
             None => Some(Shut::NoInventory),
-            Some(inventory) => inventory.closed.clone().map(Shut::Closed),
+            Some(inventory) => {
+                let why = self.silent.as_ref().or(inventory.closed.as_ref());
+                why.cloned().map(Shut::Closed)
+            }
         }
     }
 
@@ -331,6 +337,7 @@ impl NodeState {
 
     /// Whether there is nothing left to know about it.
     pub(super) fn blank(&self) -> bool {
-        !self.exists && self.inventory.is_none() && self.is_empty() && self.neighbours.is_empty()
+        let untold = self.inventory.is_none() && self.silent.is_none();
+        !self.exists && untold && self.is_empty() && self.neighbours.is_empty()
     }
 }

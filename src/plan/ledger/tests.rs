@@ -188,6 +188,10 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0..NODES).prop_map(|node| Step::Told(Event::NodeGone(name(node)))),
         3 => inventory_event().prop_map(Step::Told),
         1 => (0..NODES).prop_map(|node| Step::Told(Event::InventoryGone(name(node)))),
+        1 => (0..NODES, any::<bool>()).prop_map(|(node, silent)| Step::Told(Event::Agent {
+            node: name(node),
+            silent: silent.then(|| "its agent is silent".into()),
+        })),
         6 => pod_event().prop_map(Step::Told),
         2 => neighbour_event().prop_map(Step::Told),
         2 => (0..PODS).prop_map(|pod| Step::Told(Event::PodGone(uid(pod)))),
@@ -205,6 +209,7 @@ fn step() -> impl Strategy<Value = Step> {
 struct Objects {
     nodes: BTreeMap<NodeName, Event>,
     inventories: BTreeMap<NodeName, Event>,
+    agents: BTreeMap<NodeName, Event>,
     pods: BTreeMap<PodUid, PodFacts>,
     neighbours: BTreeMap<PodUid, NeighbourFacts>,
     gone: Vec<PodUid>,
@@ -224,6 +229,9 @@ impl Objects {
             }
             Event::InventoryGone(name) => {
                 self.inventories.remove(&name);
+            }
+            Event::Agent { node, .. } => {
+                self.agents.insert(node, event.clone());
             }
             Event::Pod(facts) => {
                 let uid = facts.entry.uid.clone();
@@ -254,7 +262,8 @@ impl Objects {
     fn events(&self, pods_first: bool) -> Vec<Event> {
         let neighbours = self.neighbours.values().cloned().map(Event::Neighbour);
         let pods = self.pods.values().cloned().map(Event::Pod).chain(neighbours);
-        let nodes = self.nodes.values().chain(self.inventories.values()).cloned();
+        let told = self.inventories.values().chain(self.agents.values());
+        let nodes = self.nodes.values().chain(told).cloned();
         if pods_first {
             pods.chain(nodes).collect()
         } else {

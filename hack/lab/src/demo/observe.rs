@@ -121,6 +121,8 @@ pub struct State {
     pub binds: Vec<Bind>,
     /// Memory that pods can have of each GPU, by UUID, as the agents published it; kept when a node goes.
     pub usable: BTreeMap<String, u64>,
+    /// Bytes of each GPU that each pod's processes use, by the pod's UID, as the agents tell it.
+    pub used_by: BTreeMap<String, BTreeMap<String, u64>>,
     /// GPU nodes, by name and then in order: a name may come back.
     pub gpu_nodes: Vec<(String, NodeLife)>,
     told: BTreeMap<String, i32>,
@@ -355,6 +357,13 @@ impl State {
             {
                 let usable = total.saturating_sub(number("memoryReserved").unwrap_or(0));
                 self.usable.insert(uuid.to_owned(), usable);
+                let pods = gpu.get("pods").and_then(|pods| pods.as_array());
+                let used = |pod: &serde_json::Value| {
+                    let uid = pod.get("uid")?.as_str()?.to_owned();
+                    Some((uid, pod.get("memoryUsed")?.as_u64()?))
+                };
+                let used = pods.into_iter().flatten().filter_map(used).collect();
+                self.used_by.insert(uuid.to_owned(), used);
             }
         }
     }

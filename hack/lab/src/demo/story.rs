@@ -267,6 +267,30 @@ async fn share_one_gpu(site: &Site, timeline: &Timeline) -> anyhow::Result<()> {
             .map_or("", |uuid| short_uuid(uuid)),
         node(0).unwrap_or_default()
     ));
+    // The processes' memory, found by their cgroups: each pod has on its GPU what it was given, nearly.
+    let told = site
+        .observer
+        .until("the agents tell of each pod's memory", STEP, |state| {
+            let told = on.iter().map(|(granted, pod)| {
+                let used = state.used_by.get(granted.uuids.first()?)?;
+                used.get(pod.metadata.uid.as_deref()?).copied()
+            });
+            told.collect::<Option<Vec<u64>>>()
+        });
+    let told = told.await?;
+    for ((granted, _), used) in on.iter().zip(&told) {
+        ensure!(
+            *used > 0 && *used <= granted.bytes,
+            "{used} bytes are told of a pod that was given {}",
+            granted.bytes
+        );
+    }
+    let figures: Vec<String> = NAMES
+        .iter()
+        .zip(&told)
+        .map(|(name, used)| format!("{name} {}", gib(*used)))
+        .collect();
+    timeline.check(format!("the agents tell what each uses: {}", figures.join(", ")));
     Ok(())
 }
 

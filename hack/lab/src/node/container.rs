@@ -8,7 +8,7 @@ use super::process::{Running, exit_code};
 use super::runtime::{Launch, Runtime, image_environment};
 use super::status::waiting;
 use super::supervise::told_to_stop;
-use super::{environment, images, volumes};
+use super::{cgroups, environment, images, volumes};
 use crate::nvml_state;
 use k8s_openapi::api::core::v1::{
     Container, ContainerState, ContainerStateRunning, ContainerStateTerminated, ObjectReference,
@@ -255,6 +255,9 @@ impl Runner {
                 return Some(self.ended(128, None, "StartError", Some(message), began));
             }
         };
+        if let Err(error) = cgroups::enter(&self.cx.node.dir, running.pid(), &self.cx.latest()) {
+            tracing::warn!(pod = self.cx.name, %error, "writing the container's cgroup");
+        }
         let id = self.container_id();
         let instance = Arc::new(Instance {
             id: id.clone(),
@@ -286,6 +289,7 @@ impl Runner {
         });
         self.event("Normal", "Started", "Container started".to_owned());
         let status = self.supervise(&mut running, &instance).await;
+        cgroups::leave(&self.cx.node.dir, instance.pid);
         let _ = std::fs::remove_file(self.cx.dir.join(format!("{}.pid", self.container.name)));
         self.cx.node.forget_dead_gpu_processes().await;
         let (code, signal) = exit_code(status);
@@ -305,6 +309,11 @@ impl Runner {
         self.cx
             .runtime
             .nvidia(&mut env, self.cx.node.state_file.as_deref());
+        if self.cx.host_pid() {
+            let proc = cgroups::proc_dir(&self.cx.node.dir);
+            env.entry(cgroups::HOST_PROC.to_owned())
+                .or_insert_with(|| proc.to_string_lossy().into_owned());
+        }
         Ok(env)
     }
 
@@ -330,6 +339,9 @@ impl Runner {
             needed.push(self.cx.runtime.options.libraries.clone());
             let state = self.cx.node.state_file.as_deref().and_then(Path::parent);
             needed.extend(state.map(Path::to_owned));
+        }
+        if self.cx.host_pid() {
+            needed.push(self.cx.node.dir.clone());
         }
         volumes::keep_visible(&needed, &mut mounts);
         let image = self.container.image.as_deref().unwrap_or_default();

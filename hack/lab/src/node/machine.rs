@@ -5,7 +5,7 @@ use super::spec::NodeSpec;
 use crate::nvml_state::State;
 use k8s_openapi::api::core::v1::Pod;
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -26,6 +26,8 @@ pub struct Machine {
     pub pods: TaskTracker,
     /// When it came up.
     pub started: Instant,
+    /// Its folder: what stands for its GPUs, its `/proc`, and the kubelet's own files.
+    pub dir: PathBuf,
     /// The file that stands for its GPUs.
     pub state_file: Option<PathBuf>,
     inner: Mutex<Inner>,
@@ -40,7 +42,7 @@ struct Inner {
 
 impl Machine {
     /// A machine with the addresses 10.77.`index`.x.
-    pub fn new(spec: NodeSpec, index: u8, state_file: Option<PathBuf>) -> Self {
+    pub fn new(spec: NodeSpec, index: u8, dir: PathBuf, state_file: Option<PathBuf>) -> Self {
         Self {
             ip: format!("10.77.{index}.1"),
             spec,
@@ -48,6 +50,7 @@ impl Machine {
             power: CancellationToken::new(),
             pods: TaskTracker::new(),
             started: Instant::now(),
+            dir,
             state_file,
             inner: Mutex::new(Inner {
                 last: 1,
@@ -99,6 +102,19 @@ impl Machine {
         }
     }
 
+    /// Where a path of the machine is: what belongs to its kubelet is in its own folder.
+    pub fn host_path(&self, path: &str) -> PathBuf {
+        match Path::new(path).strip_prefix("/var/lib/kubelet") {
+            Ok(rest) => self.kubelet_dir().join(rest),
+            Err(_) => path.into(),
+        }
+    }
+
+    /// What stands for `/var/lib/kubelet`.
+    pub fn kubelet_dir(&self) -> PathBuf {
+        self.dir.join("kubelet")
+    }
+
     /// Frees the GPU memory of processes that are dead, as a driver does.
     pub async fn forget_dead_gpu_processes(&self) {
         let Some(file) = self.state_file.clone() else {
@@ -125,6 +141,7 @@ mod tests {
                 ..NodeSpec::system("a")
             },
             7,
+            PathBuf::from("/none"),
             None,
         );
         let pod = Pod::default();
@@ -149,6 +166,7 @@ mod tests {
                 ..NodeSpec::system("a")
             },
             7,
+            PathBuf::from("/none"),
             None,
         );
         machine.take_address(&Pod::default()).unwrap();

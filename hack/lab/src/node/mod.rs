@@ -12,6 +12,7 @@
 mod atomic_dir;
 mod backoff;
 mod call;
+mod cgroups;
 mod container;
 mod environment;
 mod events;
@@ -23,6 +24,7 @@ mod kubelet_api;
 mod machine;
 pub mod nodes;
 mod pod;
+pub mod pod_resources;
 mod probes;
 mod process;
 pub mod quantity;

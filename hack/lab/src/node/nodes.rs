@@ -6,7 +6,7 @@ use super::pod::Known;
 use super::process::Launcher;
 use super::runtime::{Options, Runtime};
 use super::spec::NodeSpec;
-use super::{events, kubelet_api, lock, registration, services, worker};
+use super::{cgroups, events, kubelet_api, lock, pod_resources, registration, services, worker};
 use anyhow::Context as _;
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::Pod;
@@ -115,23 +115,17 @@ impl Nodes {
 
     async fn boot(&self, spec: NodeSpec, index: u8) -> anyhow::Result<()> {
         let name = spec.name.clone();
-        let state_file = spec.gpus.as_ref().map(|_| {
-            self.runtime
-                .options
-                .dir
-                .join("nodes")
-                .join(&name)
-                .join("nvml.state")
-        });
+        let dir = self.runtime.options.dir.join("nodes").join(&name);
+        std::fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+        // Of processes that ended with the power.
+        let _ = std::fs::remove_dir_all(cgroups::proc_dir(&dir));
+        let state_file = spec.gpus.as_ref().map(|_| dir.join("nvml.state"));
         if let (Some(file), Some(state)) = (&state_file, spec.gpu_state()) {
-            if let Some(dir) = file.parent() {
-                std::fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
-            }
             state
                 .create(file)
                 .with_context(|| format!("writing {}", file.display()))?;
         }
-        let machine = Arc::new(Machine::new(spec, index, state_file));
+        let machine = Arc::new(Machine::new(spec, index, dir, state_file));
         let images = self.images().clone();
         let uid = registration::register(&self.runtime.client, &machine, &images)
             .await
@@ -149,6 +143,14 @@ impl Nodes {
             }
             // Everything but `kubectl logs` works.
             Err(error) => tracing::warn!(node = name, %error, "the kubelet's API cannot listen"),
+        }
+        let socket = machine.kubelet_dir().join(pod_resources::SOCKET);
+        match pod_resources::listen(&socket) {
+            Ok(listener) => {
+                let serve = pod_resources::serve(listener, socket.with_file_name(pod_resources::ALLOCATIONS));
+                tasks.push(AbortOnDropHandle::new(tokio::spawn(serve)));
+            }
+            Err(error) => tracing::warn!(node = name, "no PodResources: {error:#}"),
         }
         let up = Up {
             machine: Arc::clone(&machine),

@@ -91,6 +91,11 @@ impl PodContext {
         self.latest().spec.as_ref().and_then(|spec| spec.host_network) == Some(true)
     }
 
+    /// Whether it sees the node's processes.
+    pub fn host_pid(&self) -> bool {
+        self.latest().spec.as_ref().and_then(|spec| spec.host_pid) == Some(true)
+    }
+
     /// The hostname its containers see.
     pub fn hostname(&self) -> String {
         if self.host_network() {
@@ -199,7 +204,12 @@ pub fn context(
         .join("pods")
         .join(format!("{namespace}_{name}_{uid}"));
     Arc::new(PodContext {
-        volumes: Volumes::new(runtime.client.clone(), dir.join("volumes"), facts.clone()),
+        volumes: Volumes::new(
+            runtime.client.clone(),
+            dir.join("volumes"),
+            facts.clone(),
+            Arc::clone(&node),
+        ),
         dir,
         view: watch::Sender::new(view),
         reference: ObjectReference {

@@ -5,6 +5,7 @@ use super::exec::Mount;
 use super::expand::expand;
 use super::fields::{self, NodeFacts};
 use super::lock;
+use super::machine::Machine;
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{
     ConfigMap, Container, DownwardAPIVolumeFile, KeyToPath, Pod, Secret, ServiceAccount,
@@ -14,7 +15,7 @@ use kube::api::{Api, PostParams};
 use kube::{Client, ResourceExt};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -36,17 +37,19 @@ pub struct Volumes {
     client: Client,
     dir: PathBuf,
     facts: NodeFacts,
+    node: Arc<Machine>,
     tokens: Mutex<HashMap<TokenKind, (String, Instant)>>,
     written: Mutex<HashMap<String, Payload>>,
 }
 
 impl Volumes {
     /// Volumes in `dir`, nothing set up yet.
-    pub fn new(client: Client, dir: PathBuf, facts: NodeFacts) -> Self {
+    pub fn new(client: Client, dir: PathBuf, facts: NodeFacts, node: Arc<Machine>) -> Self {
         Self {
             client,
             dir,
             facts,
+            node,
             tokens: Mutex::default(),
             written: Mutex::default(),
         }
@@ -78,7 +81,8 @@ impl Volumes {
             return Ok(dir);
         }
         if let Some(host) = &volume.host_path {
-            return host_path(&host.path, host.type_.as_deref().unwrap_or(""));
+            let path = self.node.host_path(&host.path);
+            return host_path(path, host.type_.as_deref().unwrap_or(""));
         }
         let payload = self.payload(pod, volume).await?;
         if lock(&self.written).get(&volume.name) != Some(&payload) {
@@ -314,8 +318,7 @@ fn project(
     Ok(())
 }
 
-fn host_path(path: &str, kind: &str) -> Result<PathBuf, String> {
-    let path = PathBuf::from(path);
+fn host_path(path: PathBuf, kind: &str) -> Result<PathBuf, String> {
     let wrong = |what: &str| {
         Err(format!(
             "hostPath type check failed: {} is not a {what}",
