@@ -8,7 +8,9 @@
 mod setup;
 
 use ebb::api::gpu_node::GpuNode;
+use ebb::api::scale_policy::ScalePolicy;
 use ebb::cluster::evict::{EvictError, evict};
+use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
@@ -96,6 +98,82 @@ async fn told_and_evicted() {
     gpu_node(&setup).await;
     bound_by_others(&setup).await;
     eviction(&setup).await;
+    over_use(&setup).await;
+}
+
+/// What the pod's condition says.
+async fn condition(setup: &Setup, pod: &str, status: &str) -> String {
+    let api: Api<Pod> = setup.api("models");
+    eventually(&format!("the condition of {pod} is {status}"), || async {
+        let conditions = api.get(pod).await.unwrap().status?.conditions?;
+        let ours = conditions
+            .into_iter()
+            .find(|condition| condition.type_ == "ebb.dev/GpuMemoryOverUse")?;
+        (ours.status == status).then_some(ours.message.unwrap_or_default())
+    })
+    .await
+}
+
+/// A pod that goes on using more than it declared is told in the same words by Event and condition, until it does not;
+/// where its policy says so it is evicted.
+async fn over_use(setup: &Setup) {
+    let on_card =
+        || json!({"ebb.dev/gpu-devices": "GPU-a", "ebb.dev/gpu-memory-bytes": (10 * GIB).to_string()});
+    let uses = |pod: &Pod, gib: u64| {
+        json!({"memoryUsed": gib * GIB, "memoryForeign": 0,
+            "pods": [{"uid": pod.metadata.uid, "memoryUsed": gib * GIB}]})
+    };
+    let greedy = pod(setup, "greedy", on_card()).await;
+    tell(setup, uses(&greedy, 12)).await;
+    let told = condition(setup, "greedy", "True").await;
+    assert_eq!(
+        told,
+        "uses 12 GiB of GPU 0, declared 10 GiB: raise ebb.dev/gpu-memory or lower --gpu-memory-utilization; 2 GiB more \
+         than it declared are kept from other pods"
+    );
+    assert_eq!(event(setup, "greedy", "GpuMemoryOverUse").await, told);
+    tell(setup, uses(&greedy, 10)).await;
+    condition(setup, "greedy", "False").await;
+
+    let api: Api<ScalePolicy> = Api::all(setup.client.clone());
+    let policy = json!({"apiVersion": "ebb.dev/v1alpha1", "kind": "ScalePolicy", "metadata": {"name": "strict"},
+        "spec": {"overUse": "Evict"}});
+    api.create(&PostParams::default(), &serde_json::from_value(policy).unwrap())
+        .await
+        .unwrap();
+    let deployments: Api<Deployment> = setup.api("models");
+    let deployment = json!({"metadata": {"name": "model", "annotations": {"ebb.dev/policy": "strict"}},
+        "spec": {"selector": {"matchLabels": {"app": "model"}}, "template": {
+            "metadata": {"labels": {"app": "model"}, "annotations": on_card()},
+            "spec": {"nodeName": "gpu-1", "terminationGracePeriodSeconds": 0, "containers": [{"name": "c", "image": "none",
+                "resources": {"limits": {"ebb.dev/gpu-memory": "10Gi"}}}]}}}});
+    deployments
+        .create(
+            &PostParams::default(),
+            &serde_json::from_value(deployment).unwrap(),
+        )
+        .await
+        .unwrap();
+    let pods: Api<Pod> = setup.api("models");
+    let evicted = eventually("the Deployment's pod", || async {
+        let list = pods
+            .list(&ListParams::default().labels("app=model"))
+            .await
+            .unwrap();
+        list.items.into_iter().next()
+    })
+    .await;
+    let name = evicted.name_any();
+    tell(setup, uses(&evicted, 12)).await;
+    let told = event(setup, &name, "GpuMemoryOverUse").await;
+    assert!(
+        told.ends_with("evicted, as ScalePolicy strict says (overUse: Evict)"),
+        "{told}"
+    );
+    eventually("its eviction", || async {
+        pods.get_opt(&name).await.unwrap().is_none().then_some(())
+    })
+    .await;
 }
 
 /// A pod that never came to Ebb's scheduler is told so once.
