@@ -14,9 +14,11 @@ mod cards;
 mod fail_open;
 #[path = "e2e/stage.rs"]
 mod stage;
+#[path = "e2e/starts.rs"]
+mod starts;
 
 use ebb_lab::demo::story;
-use stage::on_a_site;
+use stage::{on_a_site, on_a_site_of};
 
 /// The story that `hack/demo` tells: models sleep, wake on a request and answer, 100 requests at once are one
 /// wake, two models share a GPU and see it, no bind promises more than a GPU has, streams are not cut, the
@@ -44,4 +46,11 @@ fn e2e_fail_open() {
 #[test]
 fn e2e_cards_and_schedulers() {
     on_a_site(|stage| Box::pin(cards::all(stage)));
+}
+
+/// Two models that declare the same bytes of one card are woken at the same moment, and loading takes more than what
+/// they declare.
+#[test]
+fn e2e_one_start_at_a_time() {
+    on_a_site_of(|plan| plan.gpus = 1, |stage| Box::pin(starts::all(stage)));
 }

@@ -56,6 +56,8 @@ async fn scenarios(hall: &mut Hall) -> anyhow::Result<()> {
     bind_again(hall).await?;
     step("several GPUs and whole cards");
     several_and_whole(hall).await?;
+    step("one start at a time on a GPU, and memory of a pod that was deleted by force");
+    starts_and_remains(hall).await?;
     step("a burst that exactly fills all GPUs");
     burst(hall).await?;
     step("pods without room wait behind a gate, are told why, and go on in order, no more than fit");
@@ -76,6 +78,11 @@ async fn scenarios(hall: &mut Hall) -> anyhow::Result<()> {
 
 fn step(what: &str) {
     println!("== {what}");
+}
+
+/// The ledger's watch is not ours: it is given a moment.
+async fn moment() {
+    tokio::time::sleep(Duration::from_secs(1)).await;
 }
 
 /// A node with an agent of its own, which is taken away and given back; the other nodes have none.
@@ -133,8 +140,12 @@ async fn agent_silent(hall: &Hall) -> anyhow::Result<()> {
 
 async fn share_one_gpu(hall: &Hall) -> anyhow::Result<()> {
     hall.create("one", 18 * GIB, json!({})).await?;
+    let one = hall.bound("one").await?;
+    hall.is_ready("one").await?;
+    // While the first starts, the second would go elsewhere.
+    moment().await;
     hall.create("two", 18 * GIB, json!({})).await?;
-    let (one, two) = (hall.bound("one").await?, hall.bound("two").await?);
+    let two = hall.bound("two").await?;
     ensure!(one == two, "{one:?} and {two:?}");
     ensure!(one.gpus.len() == 1 && one.bytes == 18 * GIB, "{one:?}");
     ensure!(one.share == "0.4500", "{one:?}");
@@ -187,6 +198,56 @@ async fn several_and_whole(hall: &Hall) -> anyhow::Result<()> {
     ensure!(others.count() == 1, "{placed:?}");
     hall.check_reservations()?;
     hall.clear().await
+}
+
+async fn starts_and_remains(hall: &Hall) -> anyhow::Result<()> {
+    // One card has room, and so much of it in use.
+    let one_card = |used: u64| {
+        try_join_all(["gpu-a", "gpu-b", "gpu-c"].map(|node| {
+            let gpus = (0..4).map(|index| {
+                let mut gpu = hall.gpu(node, index, 40 * GIB);
+                let the_one = node == "gpu-a" && index == 0;
+                gpu["memoryUsed"] = json!(if the_one { used } else { 40 * GIB });
+                gpu
+            });
+            hall.tell_gpus(node, gpus.collect())
+        }))
+    };
+    one_card(0).await?;
+    moment().await;
+    hall.create("first", 18 * GIB, json!({hall::NEVER_READY: "true"}))
+        .await?;
+    let place = hall.bound("first").await?;
+    hall.create("second", 18 * GIB, json!({})).await?;
+    let text = hall.refused("second").await?;
+    ensure!(
+        text.contains("GPU 0 of gpu-a: models/first is starting (for ")
+            && text.contains("at most 10 min): one start at a time per GPU"),
+        "{text}"
+    );
+    hall.say_ready("first").await?;
+    ensure!(hall.bound("second").await? == place, "elsewhere than {place:?}");
+
+    one_card(36 * GIB).await?;
+    hall.force("first").await?;
+    moment().await;
+    hall.create("third", 20 * GIB, json!({})).await?;
+    let text = hall.refused("third").await?;
+    ensure!(
+        text.contains("GPU 0 of gpu-a has 4 GiB free, 20 GiB asked"),
+        "{text}"
+    );
+    one_card(18 * GIB).await?;
+    ensure!(hall.bound("third").await?.gpus == place.gpus);
+    hall.check_reservations()?;
+    hall.clear().await?;
+    try_join_all(["gpu-a", "gpu-b", "gpu-c"].map(|node| {
+        let gpus = (0..4).map(|index| hall.gpu(node, index, 40 * GIB));
+        hall.tell_gpus(node, gpus.collect())
+    }))
+    .await?;
+    moment().await;
+    Ok(())
 }
 
 async fn burst(hall: &Hall) -> anyhow::Result<()> {

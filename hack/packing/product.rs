@@ -15,6 +15,7 @@ use ebb::api::packing::Packing;
 use ebb::api::units::{Bytes, GpuId, MilliCpu, NodeName, PodUid};
 use ebb::plan::ledger::{
     Claim, Entry, Event, GpuFacts, Images, Inventory, Ledger, NeighbourFacts, NodeFacts, NodeState, PodFacts,
+    Start,
 };
 use ebb::plan::placement::{self, Judge, Mix, Needs, Want};
 use ebb_lab::bench::chance::Chance;
@@ -173,6 +174,7 @@ impl Packer for Ebb {
             },
             node: Some(name.clone()),
             finished: false,
+            start: Start::Over,
         }));
     }
 }

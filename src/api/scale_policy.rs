@@ -63,12 +63,26 @@ pub struct ScalePolicySpec {
     /// use before empty ones. `spread`: on the emptiest nodes and GPUs, which keeps replicas apart and nodes busy.
     #[serde(default)]
     pub placement: Packing,
+    /// What happens to a pod that goes on using more GPU memory than it declared. `Tell`: an Event and a condition on
+    /// the pod. `Evict`: the same, and it is evicted, as its PodDisruptionBudget allows.
+    #[serde(default)]
+    pub over_use: OverUse,
     /// What happens to requests while a workload wakes.
     #[serde(default)]
     pub cold_start: ColdStart,
     /// The range inside which a workload's own annotations may override this policy.
     #[serde(default)]
     pub bounds: Bounds,
+}
+
+/// What happens to a pod that goes on using more GPU memory than it declared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum OverUse {
+    /// People are told.
+    #[default]
+    Tell,
+    /// People are told, and it is evicted.
+    Evict,
 }
 
 /// What happens to requests while a workload wakes.

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::num::NonZeroU32;
 use std::sync::Arc;
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Node, Pod, PodSpec};
 use kube::ResourceExt;
@@ -10,6 +11,8 @@ use kube::runtime::watcher;
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
+use super::clock::Clock;
+use super::pod_life;
 use super::view::{Hook, Hooks};
 use crate::api::gpu_node::{Gpu, GpuNode};
 use crate::api::gpu_request::{GpuRequest, GpuRequestError, Sharing, gpu_request};
@@ -42,6 +45,16 @@ impl Default for Shared {
 }
 
 impl SharedLedger {
+    /// An empty one whose GPUs take one start at a time, each for so long at most; `None`: any number.
+    #[must_use]
+    pub fn new(start_limit: Option<Duration>) -> Self {
+        let limit_ms = |limit: Duration| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        Self(Arc::new(Shared {
+            ledger: RwLock::new(Ledger::new(start_limit.map(limit_ms))),
+            freed: watch::Sender::new(0),
+        }))
+    }
+
     /// Looks at it. The closure keeps the lock from being held over an await.
     pub fn read<R>(&self, look: impl FnOnce(&Ledger) -> R) -> R {
         look(&self.0.ledger.read())
@@ -76,57 +89,61 @@ impl SharedLedger {
     }
 }
 
-/// An empty ledger, and the hooks that keep it current once they are given to [`super::view::View::start`].
+/// The hooks that keep a ledger current once they are given to [`super::view::View::start`].
 #[must_use]
-pub fn feed() -> (SharedLedger, Hooks) {
-    let ledger = SharedLedger::default();
-    let hooks = Hooks {
-        pods: Some(hook(
-            ledger.clone(),
-            pod_uid,
-            pod_event,
-            Event::PodGone,
-            |ledger| ledger.entered_pods().cloned().collect(),
-        )),
+pub fn feed(ledger: &SharedLedger, clock: Clock) -> Hooks {
+    let hook_of = || (ledger.clone(), clock);
+    Hooks {
+        pods: Some(hook(hook_of(), pod_uid, pod_event, Event::PodGone, |ledger| {
+            ledger.entered_pods().cloned().collect()
+        })),
         nodes: Some(hook(
-            ledger.clone(),
+            hook_of(),
             |node: &Node| node_name(node),
             |node| Some(Event::Node(node_facts(node))),
             Event::NodeGone,
             |ledger| ledger.nodes().map(|node| node.name().clone()).collect(),
         )),
         gpu_nodes: Some(hook(
-            ledger.clone(),
+            hook_of(),
             |node: &GpuNode| node_name(node),
             |node| Some(Event::Inventory(inventory(node))),
             Event::InventoryGone,
             |ledger| ledger.nodes().map(|node| node.name().clone()).collect(),
         )),
-    };
-    (ledger, hooks)
+    }
 }
 
 /// One kind's watch events as ledger events. After a full list, whatever the ledger knows and the list does not have is
 /// gone.
 fn hook<K: 'static, Id: std::hash::Hash + Eq + Send + 'static>(
-    ledger: SharedLedger,
+    (ledger, clock): (SharedLedger, Clock),
     id: impl Fn(&K) -> Id + Send + Sync + 'static,
     is: impl Fn(&K) -> Option<Event> + Send + Sync + 'static,
     gone: impl Fn(Id) -> Event + Send + Sync + 'static,
     known: impl Fn(&Ledger) -> Vec<Id> + Send + Sync + 'static,
 ) -> Hook<K> {
     let listed: Mutex<HashSet<Id>> = Mutex::default();
+    let tell = move |change: &dyn Fn(&mut Ledger)| {
+        ledger.update(|ledger| {
+            ledger.set_clock(clock.now_ms());
+            change(ledger);
+        });
+    };
+    let now = move |ledger: &mut Ledger, object: &K| {
+        if let Some(event) = is(object) {
+            ledger.apply(event);
+        }
+    };
     Box::new(move |event| match event {
         watcher::Event::Init => listed.lock().clear(),
         watcher::Event::InitApply(object) => {
             listed.lock().insert(id(object));
-            if let Some(event) = is(object) {
-                ledger.update(|ledger| ledger.apply(event));
-            }
+            tell(&|ledger| now(ledger, object));
         }
         watcher::Event::InitDone => {
             let listed = std::mem::take(&mut *listed.lock());
-            ledger.update(|ledger| {
+            tell(&|ledger| {
                 for id in known(ledger) {
                     if !listed.contains(&id) {
                         ledger.apply(gone(id));
@@ -134,12 +151,12 @@ fn hook<K: 'static, Id: std::hash::Hash + Eq + Send + 'static>(
                 }
             });
         }
-        watcher::Event::Apply(object) => {
-            if let Some(event) = is(object) {
-                ledger.update(|ledger| ledger.apply(event));
-            }
-        }
-        watcher::Event::Delete(object) => ledger.update(|ledger| ledger.apply(gone(id(object)))),
+        watcher::Event::Apply(object) => tell(&|ledger| now(ledger, object)),
+        // Its last state comes with it: whether a pod's containers have ended.
+        watcher::Event::Delete(object) => tell(&|ledger| {
+            now(ledger, object);
+            ledger.apply(gone(id(object)));
+        }),
     })
 }
 
@@ -158,11 +175,7 @@ fn node_name<K: kube::Resource>(node: &K) -> NodeName {
 pub fn pod_event(pod: &Pod) -> Option<Event> {
     let spec = pod.spec.as_ref()?;
     let node = spec.node_name.as_deref().map(NodeName::from);
-    let finished = pod
-        .status
-        .as_ref()
-        .and_then(|status| status.phase.as_deref())
-        .is_some_and(|phase| matches!(phase, "Succeeded" | "Failed"));
+    let finished = pod_life::is_finished(pod);
     let request = match gpu_request(spec, pod.metadata.annotations.as_ref()) {
         Ok(Some(request)) => request,
         Ok(None) => {
@@ -176,20 +189,11 @@ pub fn pod_event(pod: &Pod) -> Option<Event> {
         Err(error) => unreadable(pod, &error),
     };
     let claim = claim(pod, &request);
-    if claim.gpus.is_none() && spec.node_name.is_some() && !finished {
-        tracing::warn!(
-            pod = pod.name_any(),
-            namespace = pod.namespace(),
-            node = spec.node_name,
-            "bound by somebody else than Ebb, so its GPU is not known: it counts on every GPU of its node; use \
-             schedulerName {}",
-            names::SCHEDULER
-        );
-    }
     Some(Event::Pod(PodFacts {
         entry: entry(pod, claim),
         node,
         finished,
+        start: pod_life::start(pod),
     }))
 }
 
@@ -400,7 +404,8 @@ mod tests {
 
     #[test]
     fn crash_of_a_watch_drops_what_the_new_list_does_not_name() {
-        let (ledger, hooks) = feed();
+        let ledger = SharedLedger::default();
+        let hooks = feed(&ledger, Clock::start());
         let told = hooks.pods.unwrap();
         let bound = |uid| pod(uid, json!({"spec": {"nodeName": "n"}}));
         for event in [

@@ -3,8 +3,11 @@
 pub mod agents;
 pub mod call;
 pub mod client;
+pub mod clock;
 pub mod events;
+pub mod evict;
 pub mod ledger_feed;
+pub mod pod_life;
 pub mod rooms;
 pub mod scale;
 pub mod slices;

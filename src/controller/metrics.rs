@@ -19,6 +19,8 @@ pub enum Part {
     Nodes,
     /// Pods behind Ebb's scheduling gate.
     Waiting,
+    /// Pods that use more than they declared, or were bound by somebody else.
+    Tenants,
 }
 
 /// Which reconciler.
@@ -49,6 +51,12 @@ pub struct Metrics {
     pub waiting_pods: Gauge,
     /// Scheduling gates taken off.
     pub gates_opened: Counter,
+    /// Pods that use more GPU memory than they declared.
+    pub pods_over_use: Gauge,
+    /// Pods evicted for it.
+    pub over_use_evictions: Counter,
+    /// Pods with GPU memory that somebody else than Ebb bound.
+    pub pods_bound_by_others: Gauge,
     /// Passes of each reconciler.
     pub passes: Family<PartLabel, Counter>,
     /// Writes or calls that failed.
@@ -89,10 +97,25 @@ impl Metrics {
             "Scheduling gates that were taken off pods",
             &this.gates_opened,
         );
+        counter(
+            "ebb_over_use_evictions",
+            "Pods evicted because they use more GPU memory than they declared",
+            &this.over_use_evictions,
+        );
         registry.register(
             "ebb_waiting_pods",
             "Pods behind Ebb's scheduling gate",
             this.waiting_pods.clone(),
+        );
+        registry.register(
+            "ebb_pods_over_use",
+            "Pods that use more GPU memory than they declared",
+            this.pods_over_use.clone(),
+        );
+        registry.register(
+            "ebb_pods_bound_by_others",
+            "Pods with GPU memory that were bound by somebody else than Ebb",
+            this.pods_bound_by_others.clone(),
         );
         registry.register("ebb_gate_links", "Gates with a live link", this.links.clone());
         registry.register(

@@ -7,6 +7,7 @@
 //!  gates ────────▶│ 9445 link (leads, or says who does) ───────┼──▶│ nodes       release    │──▶ Nodes, provider
 //!                 │ 8080 health, metrics                       │   │ waiting     gates      │──▶ pods
 //!                 │                                            │   │ policies    adopt      │──▶ annotations
+//!                 │                                            │   │ tenants     over-use   │──▶ pods/status
 //!                 └────────────────────────────────────────────┘   └────────────────────────┘
 //! ```
 //!
@@ -25,6 +26,7 @@ mod policies;
 mod reach;
 mod reconcile;
 mod services;
+mod tenants;
 mod tokens;
 mod waiting;
 mod workloads;
@@ -47,10 +49,12 @@ use self::metrics::Metrics;
 use self::nodes::Unplaceable;
 use self::reconcile::{Context, drive};
 use self::tokens::Tokens;
+use crate::api::duration::Span;
 use crate::api::names;
 use crate::cluster::client;
+use crate::cluster::clock::Clock;
 use crate::cluster::events::Events;
-use crate::cluster::ledger_feed;
+use crate::cluster::ledger_feed::{self, SharedLedger};
 use crate::cluster::view::View;
 use crate::extender::{self, DeviceNames, Extender};
 use crate::serve::certificates::Certificates;
@@ -84,9 +88,21 @@ pub struct Args {
     /// How a pod's GPUs are named to its container runtime.
     #[arg(long, env = "EBB_GPU_DEVICE_NAMES", value_enum, default_value_t)]
     pub gpu_device_names: DeviceNames,
+    /// Let a GPU take a second pod only when the first is Ready: model servers measure free memory while they load.
+    #[arg(long, env = "EBB_ONE_START_PER_GPU", action = clap::ArgAction::Set, default_value_t = true)]
+    pub one_start_per_gpu: bool,
+    /// A pod that is not Ready for so long keeps others off its GPUs no more.
+    #[arg(long, env = "EBB_START_LIMIT", default_value = "10m")]
+    pub start_limit: Span,
     /// Port of /healthz, /readyz and /metrics (plain HTTP).
     #[arg(long, default_value_t = 8080)]
     pub health_port: u16,
+}
+
+impl Args {
+    fn start_limit(&self) -> Option<Duration> {
+        self.one_start_per_gpu.then_some(self.start_limit.0)
+    }
 }
 
 /// After the Lease is given back, endpoints and the webhook's callers get this long to look elsewhere before the servers
@@ -111,7 +127,9 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
     let _end = end.clone().drop_guard();
 
     let client = client::connect().await?;
-    let (ledger, hooks) = ledger_feed::feed();
+    let clock = Clock::start();
+    let ledger = SharedLedger::new(args.start_limit());
+    let hooks = ledger_feed::feed(&ledger, clock);
     let starting = async {
         let certificates = Certificates::start(client.clone(), &args.namespace, end.clone())
             .await
@@ -158,7 +176,7 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
         metrics,
         namespace: args.namespace.clone().into(),
         ledger,
-        began: Instant::now(),
+        clock,
         since: Instant::now(),
     };
     tokio::spawn(agents::follow(context.clone(), end.clone()));
@@ -248,7 +266,7 @@ fn extender(
         port: args.extender_port,
         device_names: args.gpu_device_names,
         metrics,
-        started: context.began,
+        clock: context.clock,
     })
 }
 
@@ -359,6 +377,12 @@ fn reconcilers(context: &Context, extender: &Arc<Extender>, stop: &CancellationT
     ));
     running.spawn(drive(
         policies::Policies::new(context.clone()),
+        metrics.clone(),
+        vec![view.changed.clone()],
+        stop.clone(),
+    ));
+    running.spawn(drive(
+        tenants::Tenants::new(context.clone()),
         metrics.clone(),
         vec![view.changed.clone()],
         stop.clone(),

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::gates::Gates;
 use super::metrics::{Metrics, Part, PartLabel};
+use crate::cluster::clock::Clock;
 use crate::cluster::events::Events;
 use crate::cluster::ledger_feed::SharedLedger;
 use crate::cluster::view::View;
@@ -37,8 +38,8 @@ pub struct Context {
     pub namespace: Arc<str>,
     /// Who has how much of which GPU.
     pub ledger: SharedLedger,
-    /// Zero of the ledger's clock.
-    pub began: Instant,
+    /// The ledger's clock.
+    pub clock: Clock,
     /// When this process began to lead.
     pub since: Instant,
 }

@@ -240,7 +240,7 @@ impl Reconciler for Waiting {
         if !self.extender.decides() {
             return Some(NOT_YET);
         }
-        let now_ms = u64::try_from(self.context.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let now_ms = self.context.clock.now_ms();
         self.context.ledger.update(|ledger| ledger.expire(now_ms));
         let openings = self.plan(&pods, |cluster| plan::decide(cluster, &pods.opened, &pods.gated));
         let more = self.open(&pods, openings).await;

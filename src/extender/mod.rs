@@ -41,13 +41,13 @@ use kube::{Api, Client, ResourceExt};
 use parking_lot::Mutex;
 use serde_json::json;
 use tokio::sync::{Notify, watch};
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::packing::Packing;
 use crate::api::workload::{WorkloadKind, WorkloadRef};
 use crate::api::{annotations, names};
 use crate::cluster::call::{CallError, limited};
+use crate::cluster::clock::Clock;
 use crate::cluster::ledger_feed::{self, CDI_PREFIX, SharedLedger, pod_event};
 use crate::cluster::view::View;
 use crate::plan::placement::{Field, Hands, Mix};
@@ -114,8 +114,8 @@ pub struct Parts {
     pub device_names: DeviceNames,
     /// Figures for `/metrics`.
     pub metrics: Metrics,
-    /// Zero of the ledger's clock.
-    pub started: Instant,
+    /// The ledger's clock.
+    pub clock: Clock,
 }
 
 /// What the handlers work with.
@@ -154,7 +154,7 @@ impl Extender {
     }
 
     fn now_ms(&self) -> u64 {
-        millis(self.started.elapsed())
+        self.clock.now_ms()
     }
 
     /// How a pod is to be placed: as it says itself, else as its workload does, where the webhook has written what its

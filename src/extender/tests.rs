@@ -11,7 +11,7 @@ use crate::api::gpu_request::Sharing;
 use crate::api::host::Host;
 use crate::api::units::{Bytes, PodUid};
 use crate::cluster::waiting::NO_LEADER;
-use crate::plan::ledger::{Claim, Entry, Event, GpuFacts, Images, Inventory, NodeFacts, PodFacts};
+use crate::plan::ledger::{Claim, Entry, Event, GpuFacts, Images, Inventory, NodeFacts, PodFacts, Start};
 
 const FILTER: &str = include_str!("../../tests/fixtures/kube-scheduler/filter-nodecachecapable.json");
 const FILTER_WHOLE: &str =
@@ -46,28 +46,32 @@ impl Leader {
     fn new(nodes: &[(&str, u64)]) -> Self {
         let leader = Leader::default();
         for (name, gib) in nodes {
-            leader.tell(Event::Node(NodeFacts {
-                name: (*name).into(),
-                fence: None,
-                allocatable: None,
-                labels: Arc::default(),
-                images: Images::default(),
-            }));
-            leader.tell(Event::Inventory(Inventory {
-                node: (*name).into(),
-                closed: None,
-                gpus: vec![GpuFacts {
-                    id: format!("GPU-{name}").as_str().into(),
-                    index: 0,
-                    usable: Bytes(gib * GIB),
-                    used: None,
-                    foreign: None,
-                    used_by: BTreeMap::new(),
-                    closed: None,
-                }],
-            }));
+            leader.add_node(name, *gib);
         }
         leader
+    }
+
+    fn add_node(&self, name: &str, gib: u64) {
+        self.tell(Event::Node(NodeFacts {
+            name: name.into(),
+            fence: None,
+            allocatable: None,
+            labels: Arc::default(),
+            images: Default::default(),
+        }));
+        self.tell(Event::Inventory(Inventory {
+            node: name.into(),
+            closed: None,
+            gpus: vec![GpuFacts {
+                id: format!("GPU-{name}").as_str().into(),
+                index: 0,
+                usable: Bytes(gib * GIB),
+                used: None,
+                foreign: None,
+                used_by: BTreeMap::new(),
+                closed: None,
+            }],
+        }));
     }
 
     fn tell(&self, event: Event) {
@@ -99,7 +103,11 @@ impl Leader {
 }
 
 fn bind_on(node: &str, pod: &str, gib: u64) -> Event {
-    Event::Pod(PodFacts {
+    Event::Pod(bound_on(node, pod, gib))
+}
+
+fn bound_on(node: &str, pod: &str, gib: u64) -> PodFacts {
+    PodFacts {
         entry: Entry {
             uid: pod.into(),
             namespace: "default".into(),
@@ -113,7 +121,8 @@ fn bind_on(node: &str, pod: &str, gib: u64) -> Event {
         },
         node: Some(node.into()),
         finished: false,
-    })
+        start: Start::Over,
+    }
 }
 
 #[test]
@@ -375,9 +384,72 @@ fn refused_pods_get_one_event_each_time_that_memory_frees() {
     leader.answer(Verb::Filter, &body(FILTER));
     let event = || leader.ledger.read(|ledger| leader.refused.fits_by_now(ledger));
     assert_eq!(event(), None);
+    leader.tell(Event::Pod(PodFacts {
+        finished: true,
+        ..bound_on("n0000", "other", 12)
+    }));
     leader.tell(Event::PodGone("other".into()));
     assert_eq!(event().map(|node| node.to_string()).as_deref(), Some("n0000"));
     assert_eq!(event(), None);
+}
+
+#[test]
+fn a_second_start_waits_for_the_first_is_told_so_and_is_tried_again_after_it() {
+    let mut leader = Leader {
+        ledger: SharedLedger::new(Some(Duration::from_secs(600))),
+        now_ms: 13_500,
+        ..Leader::new(&[])
+    };
+    leader.add_node("n0000", 60);
+    let other = |start| {
+        Event::Pod(PodFacts {
+            start,
+            ..bound_on("n0000", "other", 12)
+        })
+    };
+    leader.tell(other(Start::Loading { since_ms: 1_000 }));
+    let told = |answer: &Value| {
+        answer["FailedAndUnresolvableNodes"]["n0000"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
+    let refused = leader.answer(Verb::Filter, &body(FILTER));
+    assert_eq!(
+        told(&refused),
+        "GPU 0 of n0000: default/other is starting (for 12 s, at most 10 min): one start at a time per GPU"
+    );
+    assert_eq!(refused["FailedNodes"], json!({}), "nobody is evicted for that");
+    let again = |leader: &Leader| {
+        leader
+            .ledger
+            .read(|ledger| leader.refused.fits_by_now(ledger))
+            .is_some()
+    };
+    assert!(!again(&leader));
+    leader.tell(other(Start::Over));
+    assert!(again(&leader), "it is Ready");
+    // And where it never is: by time alone.
+    leader.tell(other(Start::Loading { since_ms: 14_000 }));
+    leader.answer(Verb::Filter, &body(FILTER));
+    leader.ledger.update(|ledger| ledger.expire(613_999));
+    assert!(!again(&leader));
+    leader.ledger.update(|ledger| ledger.expire(614_000));
+    assert!(again(&leader));
+    leader.now_ms = 614_000;
+    assert_eq!(
+        leader.answer(Verb::Filter, &body(FILTER))["NodeNames"],
+        json!(["n0000"])
+    );
+    // Now this pod's own start is about to come, and is no obstacle to itself.
+    let mut next = body(FILTER);
+    next["Pod"]["metadata"]["uid"] = json!("next");
+    let waits = leader.answer(Verb::Filter, &next);
+    assert!(told(&waits).contains("is about to start"), "{waits}");
+    assert_eq!(
+        leader.answer(Verb::Filter, &body(FILTER))["NodeNames"],
+        json!(["n0000"])
+    );
 }
 
 #[test]

@@ -150,7 +150,7 @@ fn filter(desk: Desk<'_>, body: &[u8]) -> Answer {
     } else {
         desk.refused.remember(&uid, &pod, &request, freed);
     }
-    outcome.answer(candidates)
+    outcome.answer(candidates, desk.now_ms)
 }
 
 /// Which nodes pass.
@@ -185,7 +185,7 @@ impl Outcome {
         }
     }
 
-    fn answer(self, mut candidates: Candidates<'_>) -> Answer {
+    fn answer(self, mut candidates: Candidates<'_>, now_ms: u64) -> Answer {
         let fits = match self {
             Outcome::Best(best) => {
                 candidates.keep(&best);
@@ -194,7 +194,7 @@ impl Outcome {
             Outcome::All(fits) => fits,
         };
         let mut result = passing(&candidates, |index| fits[index].is_ok());
-        let mut reasons = Reasons::default();
+        let mut reasons = Reasons::at(now_ms);
         for refusal in fits.iter().filter_map(|fit| fit.as_ref().err()) {
             reasons.see(refusal);
         }

@@ -11,6 +11,7 @@ pub mod heartbeats;
 pub mod hold;
 pub mod ledger;
 pub mod nodes_wanted;
+pub mod over_use;
 pub mod placement;
 pub mod release;
 pub mod room;

@@ -20,7 +20,7 @@ use std::fmt;
 use super::ledger::{Ledger, NodeState};
 use super::nodes_wanted::Toleration;
 use super::placement::{self, NodeRefusal, Refusal, Want};
-use super::room::{self, GpuRoom};
+use super::room::{self, GpuRoom, Picked};
 use crate::api::gpu_request::GpuRequest;
 use crate::api::host::Host;
 use crate::api::units::{Bytes, NodeName, PodUid};
@@ -124,7 +124,10 @@ pub fn room(cluster: Cluster<'_>, ask: &Ask) -> Result<(), Refusal> {
 /// Why a pod has no room.
 #[must_use]
 pub fn why(cluster: Cluster<'_>, ask: &Ask) -> Refusal {
-    let (mut refusal, taken) = (Refusal::new(&ask.request), Taken::default());
+    let (mut refusal, taken) = (
+        Refusal::new(&ask.request, cluster.ledger.now_ms()),
+        Taken::default(),
+    );
     for node in cluster.ledger.nodes() {
         match cluster.obstacle(node, ask, &taken) {
             Some(Obstacle::Gpus(reason)) => refusal.add(node, &reason),
@@ -147,7 +150,7 @@ pub fn decide(cluster: Cluster<'_>, opened: &[Waiting], gated: &[Waiting]) -> Ve
             && cluster.ledger.hold_of(&pod.uid).is_none()
             && let Some(node) = cluster.place(ask, &taken)
         {
-            taken.take(node, ask);
+            taken.take(cluster.ledger, node, ask);
         }
     }
     let largest = cluster.largest_free();
@@ -162,7 +165,7 @@ pub fn decide(cluster: Cluster<'_>, opened: &[Waiting], gated: &[Waiting]) -> Ve
                     .then(|| cluster.place(ask, &taken))
                     .flatten();
                 if let Some(node) = place {
-                    taken.take(node, ask);
+                    taken.take(cluster.ledger, node, ask);
                     format!("{} has room", node.name())
                 } else if cluster.could_evict(ask) {
                     "pods of lower priority could make room".to_owned()
@@ -230,19 +233,28 @@ impl Left {
     fn of(node: &NodeState) -> Left {
         let working = node.gpus().iter().filter(|gpu| gpu.closed.is_none());
         Left {
-            gpus: working.map(GpuRoom::from).collect(),
+            gpus: working.map(placement::room_now).collect(),
             host: node.host(),
         }
     }
 }
 
 impl Taken {
-    fn take(&mut self, node: &NodeState, ask: &Ask) {
+    fn take(&mut self, ledger: &Ledger, node: &NodeState, ask: &Ask) {
         let left = self
             .0
             .entry(node.name().clone())
             .or_insert_with(|| Left::of(node));
-        room::take(&mut left.gpus, &ask.request);
+        let tightest = |gpu: &GpuRoom| (gpu.free, gpu.usable, gpu.empty);
+        if let Some(picked) = room::pick(&left.gpus, &ask.request, tightest) {
+            room::give(&mut left.gpus, &ask.request, picked);
+            for (position, gpu) in left.gpus.iter_mut().enumerate() {
+                // It starts there, and nobody beside it.
+                if ledger.one_start_per_gpu() && position < Picked::MOST && picked.has(position) {
+                    gpu.free = Bytes(0);
+                }
+            }
+        }
         left.host = left.host.saturating_sub(ask.want.host);
     }
 

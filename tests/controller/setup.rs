@@ -67,6 +67,16 @@ impl Setup {
         }
     }
 
+    /// Somebody who may do what the controller may.
+    pub async fn as_controller(&self) -> Client {
+        let config = kube::config::Kubeconfig::read_from(&self.kubeconfig).unwrap();
+        let options = kube::config::KubeConfigOptions::default();
+        let config = kube::Config::from_custom_kubeconfig(config, &options)
+            .await
+            .unwrap();
+        ebb::cluster::client::from_config(config).unwrap()
+    }
+
     /// Starts a controller on its own address.
     pub fn controller(&self, name: &str, ip: &str) -> Program {
         self.controller_with(name, ip, &self.kubeconfig)

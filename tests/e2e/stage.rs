@@ -28,13 +28,19 @@ type Scenario<'a> = Pin<Box<dyn Future<Output = anyhow::Result<()>> + 'a>>;
 
 /// Runs a test on a cluster with one GPU node, and explains what was the matter if it fails.
 pub fn on_a_site(test: impl for<'a> FnOnce(Stage<'a>) -> Scenario<'a>) {
+    on_a_site_of(|_| (), test);
+}
+
+/// The same on another site than the usual one.
+pub fn on_a_site_of(change: impl FnOnce(&mut Plan), test: impl for<'a> FnOnce(Stage<'a>) -> Scenario<'a>) {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .unwrap();
     runtime.block_on(async {
         let timeline = Timeline::new();
-        let plan = Plan::new(env!("CARGO_BIN_EXE_ebb"));
+        let mut plan = Plan::new(env!("CARGO_BIN_EXE_ebb"));
+        change(&mut plan);
         let mut site = Site::start(plan).await.unwrap();
         let _feed = timeline.follow(site.observer.listen());
         let stage = Stage {
@@ -68,6 +74,11 @@ impl<'a> Stage<'a> {
 
     /// Ebb, and a policy under which nothing sleeps by itself; no node is released: scenarios say what happens.
     pub async fn install(&self) -> anyhow::Result<()> {
+        self.install_with(SAMPLE_MODELS).await
+    }
+
+    /// The same with other models.
+    pub async fn install_with(&self, models: &str) -> anyhow::Result<()> {
         self.site.install_ebb().await?;
         let still = SAMPLE_SCALE_POLICY.replace("idleAfter: 6s", "idleAfter: 1h");
         ensure!(
@@ -75,7 +86,7 @@ impl<'a> Stage<'a> {
             "the sample policy has another time than this test knows"
         );
         self.site.apply_policy(&still).await?;
-        self.site.apply(SAMPLE_MODELS).await.map(drop)
+        self.site.apply(models).await.map(drop)
     }
 
     /// Wakes a model by a request through its Service; the Service's address.

@@ -1,5 +1,5 @@
 //! Ebb installed on a cluster whose GPU nodes are objects only: nobody runs the pods, so that hundreds of them cost
-//! nothing, and all that is seen is who was bound where.
+//! nothing, and all that is seen is who was bound where. What is bound is said to be Ready at once.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -14,7 +14,7 @@ use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Event, Node, Pod};
 use k8s_openapi::api::events;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
-use kube::runtime::watcher;
+use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, ResourceExt as _};
 use serde_json::{Value, json};
 use tokio_util::task::AbortOnDropHandle;
@@ -53,6 +53,36 @@ impl Retries {
 pub struct Hall {
     pub site: Site,
     heartbeats: Vec<AbortOnDropHandle<()>>,
+    _kubelet: AbortOnDropHandle<()>,
+}
+
+/// A pod with this annotation never becomes Ready.
+pub const NEVER_READY: &str = "hall/never-ready";
+
+/// Says of every pod that is bound that it is Ready.
+async fn say_ready(client: kube::Client) {
+    let pods: Api<Pod> = Api::namespaced(client, MODELS);
+    let mut bound = std::pin::pin!(
+        kube::runtime::watcher(pods.clone(), kube::runtime::watcher::Config::default())
+            .default_backoff()
+            .applied_objects()
+    );
+    while let Some(pod) = bound.next().await {
+        let Ok(pod) = pod else { continue };
+        let runs = pod.spec.as_ref().is_some_and(|spec| spec.node_name.is_some());
+        let told = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+        if runs && told == Some("Pending") && !pod.annotations().contains_key(NEVER_READY) {
+            // It may be gone by now.
+            let _ = ready(&pods, &pod.name_any()).await;
+        }
+    }
+}
+
+async fn ready(pods: &Api<Pod>, name: &str) -> kube::Result<Pod> {
+    let condition = json!({"type": "Ready", "status": "True", "lastTransitionTime": jiff::Timestamp::now()});
+    let status = json!({"status": {"phase": "Running", "conditions": [condition]}});
+    pods.patch_status(name, &PatchParams::default(), &Patch::Strategic(&status))
+        .await
 }
 
 impl Hall {
@@ -67,10 +97,12 @@ impl Hall {
             "{{apiVersion: v1, kind: Namespace, metadata: {{name: {MODELS}}}}}"
         ))
         .await?;
-        Ok(Hall {
+        let hall = Hall {
+            _kubelet: AbortOnDropHandle::new(tokio::spawn(say_ready(site.client.clone()))),
             site,
             heartbeats: Vec::new(),
-        })
+        };
+        Ok(hall)
     }
 
     fn all<K>(&self) -> Api<K>
@@ -179,8 +211,33 @@ impl Hall {
         }
     }
 
-    /// Deletes a pod at once; there is no kubelet that would end its containers first.
+    /// Waits until a pod is said to be Ready.
+    pub async fn is_ready(&self, name: &str) -> anyhow::Result<()> {
+        let deadline = tokio::time::Instant::now() + STEP;
+        while !ebb_lab::demo::observe::is_ready(&self.pods().get(name).await?) {
+            ensure!(tokio::time::Instant::now() < deadline, "{name} is not Ready");
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(())
+    }
+
+    /// Says of a bound pod that it is Ready.
+    pub async fn say_ready(&self, name: &str) -> anyhow::Result<()> {
+        ready(&self.pods(), name).await?;
+        Ok(())
+    }
+
+    /// Deletes a pod whose containers have ended, as the kubelet does.
     pub async fn delete(&self, name: &str) -> anyhow::Result<()> {
+        let ended = json!({"status": {"phase": "Succeeded"}});
+        self.pods()
+            .patch_status(name, &PatchParams::default(), &Patch::Strategic(&ended))
+            .await?;
+        self.force(name).await
+    }
+
+    /// Deletes a pod by force, whatever its containers do.
+    pub async fn force(&self, name: &str) -> anyhow::Result<()> {
         let now = DeleteParams {
             grace_period_seconds: Some(0),
             ..DeleteParams::default()

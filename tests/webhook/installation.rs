@@ -3,7 +3,8 @@
 
 use std::time::Duration;
 
-use ebb::cluster::ledger_feed;
+use ebb::cluster::clock::Clock;
+use ebb::cluster::ledger_feed::{self, SharedLedger};
 use ebb::cluster::view::View;
 use ebb::serve::certificates::Certificates;
 use ebb::serve::lease::{LeaderState, Leadership};
@@ -74,7 +75,8 @@ impl Installation {
                 .await,
         );
         success(cluster.kubectl(&["create", "namespace", "ebb-system"]).await);
-        let (ledger, hooks) = ledger_feed::feed();
+        let ledger = SharedLedger::default();
+        let hooks = ledger_feed::feed(&ledger, Clock::start());
         let view = View::start(client.clone(), hooks, stop.clone()).await.unwrap();
         let certificates = Certificates::start(client.clone(), "ebb-system", stop.clone())
             .await

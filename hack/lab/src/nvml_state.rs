@@ -273,6 +273,14 @@ impl State {
         Ok(())
     }
 
+    /// Takes memory from a process that has it on a GPU.
+    pub fn give_back(&mut self, uuid: &str, pid: u32, bytes: u64) {
+        let mut processes = self.processes.iter_mut();
+        if let Some(process) = processes.find(|process| process.uuid == uuid && process.pid == pid) {
+            process.bytes = process.bytes.saturating_sub(bytes);
+        }
+    }
+
     /// Takes a process off all GPUs, as the driver does when it ends.
     pub fn release_pid(&mut self, pid: u32) {
         self.processes.retain(|process| process.pid != pid);

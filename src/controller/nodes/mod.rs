@@ -173,7 +173,7 @@ impl Nodes {
 
     /// What the ledger expects, without what it has waited for too long.
     fn expected(&self) -> Expected {
-        let now = u64::try_from(self.context.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let now = self.context.clock.now_ms();
         self.context.ledger.update(|ledger| {
             ledger.expire(now);
             rooms::expected(ledger)

@@ -32,7 +32,7 @@ pub enum Event {
     Pod(PodFacts),
     /// A pod that asks for no GPU memory is like this now.
     Neighbour(NeighbourFacts),
-    /// The pod was deleted: its containers have ended and the API forgot it.
+    /// The pod was deleted: the API forgot it. Whether its containers have ended, only [`PodFacts::finished`] says.
     PodGone(PodUid),
 }
 
@@ -109,8 +109,38 @@ pub struct PodFacts {
     pub entry: Entry,
     /// The node it is bound to. A pod without one has nothing yet.
     pub node: Option<NodeName>,
-    /// `Succeeded` or `Failed`: its containers have ended for good. A terminating pod's have not.
+    /// Its containers have ended for good. A terminating pod's may not have.
     pub finished: bool,
+    /// How far its start is.
+    pub start: Start,
+}
+
+/// How far a pod's start is. While a model server loads, it takes memory and measures what others leave it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// It is bound, and its container has never run: it has no memory yet.
+    Bound {
+        /// When it was bound, in milliseconds of the ledger's clock.
+        since_ms: u64,
+    },
+    /// Its container loads, or is about to again.
+    Loading {
+        /// Since it was bound, or lost what it had loaded before.
+        since_ms: u64,
+    },
+    /// It has been Ready since its container runs.
+    Over,
+}
+
+impl Start {
+    /// When it began, while it goes on.
+    #[must_use]
+    pub const fn since_ms(self) -> Option<u64> {
+        match self {
+            Start::Bound { since_ms } | Start::Loading { since_ms } => Some(since_ms),
+            Start::Over => None,
+        }
+    }
 }
 
 /// What matters about a pod that asks for no GPU memory: what it takes from those that do.

@@ -107,7 +107,7 @@ impl Ledger {
     }
 
     /// Ends all holds whose time is over.
-    pub fn expire(&mut self, now_ms: u64) {
+    pub(super) fn expire_holds(&mut self, now_ms: u64) {
         self.release_where(|hold| hold.ends_ms().is_some_and(|end| end <= now_ms));
     }
 

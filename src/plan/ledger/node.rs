@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use super::facts::{Entry, Fence, Inventory, NodeShape};
 use super::images::Images;
+use super::remains::Remains;
 use super::row::Row;
+use super::starts::{Begun, Starting};
 use crate::api::gpu_request::Sharing;
 use crate::api::host::Host;
 use crate::api::names;
@@ -41,6 +43,12 @@ pub struct NodeState {
     pub(super) holds: BTreeMap<PodUid, Entry>,
     /// Pods that went since the inventory was read: what they used is counted in it, and is free.
     pub(super) departed: Vec<Entry>,
+    /// What pods may have left that were deleted before their containers ended.
+    pub(super) remains: BTreeMap<PodUid, Remains>,
+    /// Starts that go on, of the bound pods.
+    pub(super) starts: BTreeMap<PodUid, Begun>,
+    /// Longest that a start keeps others off its GPUs, where it does.
+    pub(super) start_limit_ms: Option<u64>,
     /// What the pods without GPU memory ask of it.
     pub(super) neighbours: BTreeMap<PodUid, Host>,
     gpus: Vec<GpuState>,
@@ -59,18 +67,22 @@ pub struct GpuState {
     pub usable: Bytes,
     /// What a new pod can have of it.
     pub free: Bytes,
+    /// The same once the pods that start on it have started, and have what they declared: loading may take more.
+    pub settled: Bytes,
     /// In use beyond what the pods on it declared or are known to use.
     pub foreign: Bytes,
-    /// Pods on it, reservations included.
+    /// Pods on it, reservations included, and deleted ones that may have left something.
     pub tenants: usize,
     /// Whether one of them has the whole card.
     pub whole: bool,
+    /// The pod that starts on it, where that keeps others off.
+    pub starting: Option<Starting>,
     /// Why nothing new can be put on it, where that is so.
     pub closed: Option<Arc<str>>,
 }
 
 impl NodeState {
-    pub(super) fn new(name: NodeName) -> Self {
+    pub(super) fn new(name: NodeName, start_limit_ms: Option<u64>) -> Self {
         Self {
             name,
             exists: false,
@@ -83,6 +95,9 @@ impl NodeState {
             pods: BTreeMap::new(),
             holds: BTreeMap::new(),
             departed: Vec::new(),
+            remains: BTreeMap::new(),
+            starts: BTreeMap::new(),
+            start_limit_ms,
             neighbours: BTreeMap::new(),
             gpus: Vec::new(),
             host: Host::UNLIMITED,
@@ -166,6 +181,12 @@ impl NodeState {
         self.pods.values().filter(|entry| entry.claim.gpus.is_none())
     }
 
+    /// What a pod uses of each GPU, by index, as far as its agent tells.
+    pub fn used_by<'a>(&'a self, uid: &'a PodUid) -> impl Iterator<Item = (u32, Bytes)> + 'a {
+        let gpus = self.inventory.iter().flat_map(|inventory| &inventory.gpus);
+        gpus.filter_map(|gpu| Some((gpu.index, *gpu.used_by.get(uid)?)))
+    }
+
     /// Whether something is held on it for this pod.
     #[must_use]
     pub fn holds_for(&self, uid: &PodUid) -> bool {
@@ -246,6 +267,7 @@ impl NodeState {
                 .values()
                 .chain(self.holds.values())
                 .filter(|e| !absent(&e.uid))
+                .chain(self.remains.values().map(|remains| &remains.entry))
         };
         // Nobody knows where an unassigned pod is, so it counts on every GPU: too much rather than too little.
         let anywhere: Bytes = there()
@@ -277,13 +299,28 @@ impl NodeState {
                     .sum();
                 // Without figures per process, whatever exceeds the declared bytes is somebody's, and not free.
                 let used = gpu.used.unwrap_or_default().saturating_sub(given_back);
-                let foreign = gpu
-                    .foreign
-                    .unwrap_or_else(|| used.saturating_sub(declared.saturating_add(anywhere)));
+                let strays = self.strays(gpu);
+                let foreign = match gpu.foreign {
+                    Some(foreign) => foreign.saturating_add(strays),
+                    None => used.saturating_sub(declared.saturating_add(anywhere)).max(strays),
+                };
                 let occupied = declared
                     .saturating_add(anywhere)
                     .saturating_add(foreign)
                     .max(used);
+                let starting = self.starting_on(&gpu.id, absent);
+                let settled = |entry: &Entry| match self.begins(&entry.uid) {
+                    true => entry.claim.bytes_per_gpu,
+                    false => held(entry),
+                };
+                let occupied_then = match starting {
+                    None => occupied,
+                    Some(_) => there()
+                        .filter(on)
+                        .map(settled)
+                        .chain([anywhere, gpu.foreign.unwrap_or_default(), strays])
+                        .sum(),
+                };
                 let taken = all_taken || there().filter(on).any(|e| e.claim.sharing == Sharing::Exclusive);
                 GpuState {
                     id: gpu.id.clone(),
@@ -294,9 +331,15 @@ impl NodeState {
                     } else {
                         gpu.usable.saturating_sub(occupied)
                     },
+                    settled: if taken {
+                        Bytes(0)
+                    } else {
+                        gpu.usable.saturating_sub(occupied_then)
+                    },
                     foreign,
                     tenants: there().filter(|e| e.claim.gpus.is_none() || on(e)).count(),
                     whole: taken,
+                    starting,
                     closed: gpu.closed.clone(),
                 }
             })
@@ -309,7 +352,10 @@ impl NodeState {
     pub(super) fn refresh(&mut self, was_open: bool) -> bool {
         let gpus = self.gpus_without(&|_| false);
         let open = self.shut().is_none();
-        let room = |gpu: &GpuState| if gpu.closed.is_none() { gpu.free } else { Bytes(0) };
+        let room = |gpu: &GpuState| match (&gpu.closed, &gpu.starting) {
+            (None, None) => gpu.free,
+            _ => Bytes(0),
+        };
         let before = |id: &GpuId| self.gpus.iter().find(|gpu| gpu.id == *id).map(room);
         let freed = open
             && gpus
@@ -321,13 +367,10 @@ impl NodeState {
         freed
     }
 
-    /// Takes a bound pod off.
-    pub(super) fn depart(&mut self, uid: &PodUid) {
-        let entry = self.pods.remove(uid);
-        let read = |inventory: &Inventory| inventory.gpus.iter().any(|gpu| gpu.used.is_some());
-        if self.inventory.as_ref().is_some_and(read) {
-            self.departed.extend(entry);
-        }
+    /// Ends what ends by time.
+    pub(super) fn expire(&mut self, now_ms: u64) {
+        self.expire_starts(now_ms);
+        self.expire_remains(now_ms);
     }
 
     /// Whether there is nothing left to know about it.

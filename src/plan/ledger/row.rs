@@ -36,7 +36,7 @@ pub struct Figures {
     pub usable: Bytes,
     /// Whether no pod is on it.
     pub empty: bool,
-    /// Whether a new pod can be put on it at all.
+    /// Whether a new pod can be put on it at all: it works, and no other pod starts on it.
     pub open: bool,
 }
 
@@ -66,7 +66,7 @@ impl From<&GpuState> for Figures {
             free: gpu.free,
             usable: gpu.usable,
             empty: gpu.tenants == 0,
-            open: gpu.closed.is_none(),
+            open: gpu.closed.is_none() && gpu.starting.is_none(),
         }
     }
 }

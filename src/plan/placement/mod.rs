@@ -19,7 +19,7 @@ use std::cmp::Reverse;
 pub use hands::{Field, Hands};
 pub use mix::{Mix, Needs, REMEMBERED, Want};
 pub use rank::{Judge, Ranking, place, rank};
-pub use refusal::{Miss, NodeRefusal, Reasons, Refusal};
+pub use refusal::{Busy, Miss, NodeRefusal, Reasons, Refusal};
 pub use shortlist::{Survey, survey};
 
 use super::ledger::{Figures, GpuState, Ledger, NodeShape, NodeState, Row};
@@ -80,7 +80,7 @@ pub fn still_fits(node: &NodeState, request: &GpuRequest, gpus: &[GpuId], asker:
 /// # Errors
 /// Why it fits nowhere, with counts and the nearest miss.
 pub fn somewhere(ledger: &Ledger, request: &GpuRequest) -> Result<NodeName, Refusal> {
-    let mut refusal = Refusal::new(request);
+    let mut refusal = Refusal::new(request, ledger.now_ms());
     let mut first: Option<&NodeName> = None;
     for node in ledger.nodes() {
         if fits(node.row(), request) {
@@ -133,6 +133,13 @@ fn takes(gpu: &GpuState, request: &GpuRequest) -> bool {
     offers(&Figures::from(gpu), request)
 }
 
+/// Whether it takes the request once no other pod starts on it.
+fn has_room(gpu: &GpuState, request: &GpuRequest) -> bool {
+    gpu.closed.is_none()
+        && gpu.settled >= request.bytes_per_gpu
+        && (request.sharing == Sharing::Shared || gpu.tenants == 0)
+}
+
 fn offers(gpu: &Figures, request: &GpuRequest) -> bool {
     gpu.open && gpu.free >= request.bytes_per_gpu && (request.sharing == Sharing::Shared || gpu.empty)
 }
@@ -163,14 +170,28 @@ fn choose(node: &NodeState, gpus: &[GpuState], request: &GpuRequest) -> Result<C
     })
 }
 
+/// What a plan about nodes sees: a start that goes on is soon over.
 impl From<&GpuState> for GpuRoom {
     fn from(gpu: &GpuState) -> GpuRoom {
         GpuRoom {
             usable: gpu.usable,
-            free: gpu.free,
+            free: gpu.settled,
             empty: gpu.tenants == 0,
             exclusive: gpu.whole,
         }
+    }
+}
+
+/// What a pod that is placed now sees: where another one starts, there is no room.
+#[must_use]
+pub fn room_now(gpu: &GpuState) -> GpuRoom {
+    let room = GpuRoom::from(gpu);
+    match gpu.starting {
+        None => room,
+        Some(_) => GpuRoom {
+            free: Bytes(0),
+            ..room
+        },
     }
 }
 

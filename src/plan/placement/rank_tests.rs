@@ -11,7 +11,7 @@ use super::*;
 use crate::api::gpu_request::GpuRequest;
 use crate::api::units::{GpuId, MilliCpu};
 use crate::plan::ledger::{
-    Claim, Entry, Event, Fence, GpuFacts, GpuState, Images, Inventory, Ledger, NodeFacts, PodFacts,
+    Claim, Entry, Event, Fence, GpuFacts, GpuState, Images, Inventory, Ledger, NodeFacts, PodFacts, Start,
 };
 use crate::plan::placement::{Mix, Needs, REMEMBERED, fit};
 use crate::plan::room::GpuRoom;
@@ -128,6 +128,7 @@ pub(in crate::plan::placement) fn enter(
         },
         node: Some(node.clone()),
         finished: false,
+        start: Start::Over,
     }));
 }
 

@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use super::{count, nearness};
+use super::{count, has_room, nearness};
 use crate::api::gpu_request::{GpuRequest, Sharing};
 use crate::api::units::{Bytes, NodeName};
-use crate::plan::ledger::{Fence, GpuState, NodeState, Shut};
+use crate::plan::ledger::{Fence, GpuState, NodeState, Shut, Starting};
 
 /// Kinds whose words are kept; agents' own reasons, of which there may be many, are made each time beyond that.
 const MOST_WORDS: usize = 16;
@@ -48,6 +48,37 @@ pub enum NodeRefusal {
         /// The GPU that comes nearest.
         nearest: Miss,
     },
+    /// It has room, on GPUs where another pod starts at present.
+    Starting {
+        /// The first of them.
+        on: Busy,
+    },
+}
+
+/// A GPU that takes the request as soon as another pod has started on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Busy {
+    /// Its node.
+    pub node: NodeName,
+    /// Its index there.
+    pub gpu: u32,
+    /// The pod that starts.
+    pub pod: Starting,
+}
+
+impl Busy {
+    fn told(&self, now_ms: u64) -> String {
+        let Busy { node, gpu, pod } = self;
+        format!(
+            "GPU {gpu} of {node}: {}: one start at a time per GPU",
+            pod.told(now_ms)
+        )
+    }
+
+    /// The one that began first is over first.
+    fn order(&self) -> (u64, &NodeName, u32) {
+        (self.pod.since_ms.unwrap_or(u64::MAX), &self.node, self.gpu)
+    }
 }
 
 /// A GPU on which the request nearly fits.
@@ -92,7 +123,7 @@ impl NodeRefusal {
         }
     }
 
-    /// Whether evicting pods from the node could make the request fit there.
+    /// Whether evicting pods from the node could make the request fit there. A start is over soon enough by itself.
     #[must_use]
     pub fn evicting_could_help(&self) -> bool {
         matches!(self, NodeRefusal::NoRoom { .. } | NodeRefusal::NoWholeCard { .. })
@@ -119,6 +150,9 @@ impl fmt::Display for NodeRefusal {
             NodeRefusal::NoRoom { gpus, nearest, .. } => {
                 write!(f, "fewer than {gpus} GPUs with {} free", nearest.asked)
             }
+            NodeRefusal::Starting { .. } => {
+                f.write_str("another pod is starting where it has room: one start at a time per GPU")
+            }
         }
     }
 }
@@ -127,30 +161,54 @@ impl fmt::Display for NodeRefusal {
 /// each kind's words, and for the node that comes nearest its GPU and figures.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reasons {
+    now_ms: u64,
     nearest: Option<Miss>,
+    /// Boxed, as an error it is part of is passed around.
+    busy: Option<Box<Busy>>,
     /// The words of each kind, once they have been made.
     words: Vec<(NodeRefusal, Arc<str>)>,
 }
 
 impl Reasons {
+    /// No reason yet, at this moment of the ledger's clock.
+    #[must_use]
+    pub fn at(now_ms: u64) -> Self {
+        Self {
+            now_ms,
+            ..Self::default()
+        }
+    }
+
     /// Looks at one node's reason; all are looked at before any text is made.
     pub fn see(&mut self, refusal: &NodeRefusal) {
-        if let NodeRefusal::NoRoom { nearest, .. } = refusal
-            && self
-                .nearest
-                .as_ref()
-                .is_none_or(|known| nearness(nearest) < nearness(known))
-        {
-            self.nearest = Some(nearest.clone());
+        match refusal {
+            NodeRefusal::NoRoom { nearest, .. }
+                if self
+                    .nearest
+                    .as_ref()
+                    .is_none_or(|known| nearness(nearest) < nearness(known)) =>
+            {
+                self.nearest = Some(nearest.clone());
+            }
+            NodeRefusal::Starting { on }
+                if self.busy.as_ref().is_none_or(|known| on.order() < known.order()) =>
+            {
+                self.busy = Some(Box::new(on.clone()));
+            }
+            _ => {}
         }
     }
 
     /// The text for one node; all of them are for the same request.
     pub fn text(&mut self, refusal: &NodeRefusal) -> Arc<str> {
-        if let NodeRefusal::NoRoom { nearest, .. } = refusal
-            && Some(nearest) == self.nearest.as_ref()
-        {
-            return nearest.to_string().into();
+        match refusal {
+            NodeRefusal::NoRoom { nearest, .. } if Some(nearest) == self.nearest.as_ref() => {
+                return nearest.to_string().into();
+            }
+            NodeRefusal::Starting { on } if Some(on) == self.busy.as_deref() => {
+                return on.told(self.now_ms).into();
+            }
+            _ => {}
         }
         if let Some((_, words)) = self.words.iter().find(|(known, _)| known.is_like(refusal)) {
             return words.clone();
@@ -173,13 +231,13 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    /// A refusal by no node yet.
+    /// A refusal by no node yet, at this moment of the ledger's clock.
     #[must_use]
-    pub fn new(request: &GpuRequest) -> Self {
+    pub fn new(request: &GpuRequest, now_ms: u64) -> Self {
         Self {
             request: request.clone(),
             reasons: BTreeMap::new(),
-            nearest: Reasons::default(),
+            nearest: Reasons::at(now_ms),
             fenced: 0,
         }
     }
@@ -211,6 +269,12 @@ impl Refusal {
         self.nearest.nearest.as_ref()
     }
 
+    /// The GPU that takes it as soon as another pod has started there: it waits for that, and not for room.
+    #[must_use]
+    pub fn waits_for(&self) -> Option<&Busy> {
+        self.nearest.busy.as_deref()
+    }
+
     /// Nodes that Ebb is emptying; taking one back might make room.
     #[must_use]
     pub fn releasing(&self) -> usize {
@@ -225,6 +289,9 @@ impl fmt::Display for Refusal {
             bytes_per_gpu,
             sharing,
         } = &self.request;
+        if let Some(busy) = self.waits_for() {
+            return write!(f, "waiting for a start: {}", busy.told(self.nearest.now_ms));
+        }
         match self.reasons.values().sum::<usize>() {
             0 => f.write_str("there is no GPU node with room for ")?,
             1 => f.write_str("0 of 1 GPU node has room for ")?,
@@ -271,6 +338,19 @@ pub(super) fn why(node: &NodeState, gpus: &[GpuState], request: &GpuRequest) -> 
         let empty = large().filter(|gpu| gpu.tenants == 0).count();
         if empty < asked {
             return NodeRefusal::NoWholeCard { empty, asked };
+        }
+    }
+    let busy = || large().filter(|gpu| has_room(gpu, request));
+    if busy().count() >= asked {
+        let on = busy().filter_map(|gpu| {
+            Some(Busy {
+                node: node.name().clone(),
+                gpu: gpu.index,
+                pod: gpu.starting.clone()?,
+            })
+        });
+        if let Some(on) = on.min_by(|a, b| a.order().cmp(&b.order())) {
+            return NodeRefusal::Starting { on };
         }
     }
     let nearest = large()

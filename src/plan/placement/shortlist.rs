@@ -99,7 +99,7 @@ impl<'n> Seen<'n> {
     }
 
     fn rooms(&self) -> impl Iterator<Item = GpuRoom> {
-        self.working().map(GpuRoom::from)
+        self.working().map(super::room_now)
     }
 
     /// Bytes of the pod's images that it holds.

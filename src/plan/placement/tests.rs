@@ -11,7 +11,9 @@ use super::*;
 use crate::api::host::Host;
 use crate::api::packing::Packing;
 use crate::plan::gating::Labels;
-use crate::plan::ledger::{Claim, Entry, Event, Fence, GpuFacts, Images, Inventory, NodeFacts, PodFacts};
+use crate::plan::ledger::{
+    Claim, Entry, Event, Fence, GpuFacts, Images, Inventory, NodeFacts, PodFacts, Start,
+};
 
 const GIB: u64 = 1 << 30;
 
@@ -91,6 +93,7 @@ fn bind(ledger: &mut Ledger, pod: usize, request: &GpuRequest) -> Result<(NodeNa
         },
         node: Some(node.clone()),
         finished: false,
+        start: Start::Over,
     }));
     Ok((node, choice))
 }
@@ -254,6 +257,69 @@ fn memory_that_no_pod_declared_is_told() {
     inventory.gpus[0].used = Some(Bytes(8 * GIB));
     ledger.apply(Event::Inventory(inventory));
     assert!(words(&ledger).ends_with("; 6 GiB are in use beyond what its pods declared"));
+}
+
+#[test]
+fn a_start_is_waited_for_and_no_node_is_asked_for_meanwhile() {
+    let mut ledger = Ledger::new(Some(600_000));
+    for event in node("a", &[24, 24]).into_iter().chain(node("b", &[24])) {
+        ledger.apply(event);
+    }
+    let mut starts = |pod: &str, node: &str, gpus: &[&str], since_ms: u64| {
+        let gpus: Vec<GpuId> = gpus.iter().map(|gpu| GpuId::from(*gpu)).collect();
+        let asks = u32::try_from(gpus.len()).unwrap();
+        ledger.apply(Event::Pod(PodFacts {
+            entry: Entry {
+                uid: pod.into(),
+                namespace: "models".into(),
+                name: pod.into(),
+                host: Host::default(),
+                claim: Claim::of(&request(asks, 10, Sharing::Shared), gpus),
+            },
+            node: Some(node.into()),
+            finished: false,
+            start: Start::Bound { since_ms },
+        }));
+    };
+    // A pod with several GPUs starts on all of them.
+    starts("pair", "a", &["a/0", "a/1"], 2_000);
+    starts("late", "b", &["b/0"], 3_000);
+    ledger.expire(20_000);
+    let small = request(1, 10, Sharing::Shared);
+    let refusal = best(&ledger, &small).unwrap_err();
+    assert_eq!(
+        refusal.to_string(),
+        "waiting for a start: GPU 0 of a: models/pair is starting (for 18 s, at most 10 min): one start at a time per GPU"
+    );
+    assert_eq!(refusal.waits_for().map(|busy| busy.node.as_str()), Some("a"));
+    // For a plan about nodes there is room; what is too large for it, is so all the same.
+    let rooms: Vec<GpuRoom> = ledger
+        .node("a")
+        .unwrap()
+        .gpus()
+        .iter()
+        .map(GpuRoom::from)
+        .collect();
+    assert!(rooms.iter().all(|room| room.takes(&small)));
+    let large = best(&ledger, &request(1, 20, Sharing::Shared)).unwrap_err();
+    assert!(large.waits_for().is_none(), "{large}");
+    assert!(large.nearest().is_some_and(|miss| miss.free == Bytes(14)));
+    // Loading takes more than what is declared, for as long as it lasts.
+    let Event::Inventory(mut loading) = node("b", &[24]).remove(1) else {
+        unreachable!()
+    };
+    loading.gpus[0].used = Some(Bytes(20));
+    ledger.apply(Event::Inventory(loading));
+    let on_b = ledger.node("b").unwrap();
+    assert_eq!(
+        (on_b.gpus()[0].free, on_b.gpus()[0].settled),
+        (Bytes(4), Bytes(14))
+    );
+    let told = fit(on_b, &small, None).unwrap_err();
+    assert!(matches!(&told, NodeRefusal::Starting { .. }), "{told}");
+    // The limit is each start's own.
+    ledger.expire(602_000);
+    assert_eq!(best(&ledger, &small).unwrap().0.as_str(), "a");
 }
 
 #[test]

@@ -11,7 +11,9 @@ use super::*;
 use crate::api::gpu_request::Sharing;
 use crate::api::units::{GpuId, MilliCpu};
 use crate::plan::gating::Labels;
-use crate::plan::ledger::{Claim, Entry, Event, GpuFacts, Images, Inventory, NodeFacts, PodFacts, Stage};
+use crate::plan::ledger::{
+    Claim, Entry, Event, GpuFacts, Images, Inventory, NodeFacts, PodFacts, Stage, Start,
+};
 use crate::plan::placement;
 
 const GIB: u64 = 1 << 30;
@@ -104,6 +106,7 @@ fn bind(ledger: &mut Ledger, uid: &str, node: &str, gib: u64) {
         entry: entry(&uid.into(), node, gib),
         node: Some(node.into()),
         finished: false,
+        start: Start::Over,
     }));
 }
 

@@ -95,12 +95,27 @@ fn part(bytes: u64, fraction: f64) -> u64 {
 #[derive(Debug)]
 pub(super) struct Held {
     state: PathBuf,
-    on: Vec<(String, u64)>,
+    on: Vec<Taken>,
+}
+
+/// Memory on one GPU.
+#[derive(Debug)]
+struct Taken {
+    uuid: String,
+    bytes: u64,
+    /// What was free before, as measured at the start.
+    free: u64,
+    /// On top of that while the model loads.
+    peak: u64,
 }
 
 impl Held {
-    /// Takes the memory on all GPUs or on none.
-    pub(super) fn take(wanted: Wanted, env: impl Fn(&str) -> Option<String>) -> anyhow::Result<Self> {
+    /// Takes the memory on all GPUs or on none, and on each up to `peak` of what is left, until it is settled.
+    pub(super) fn take(
+        wanted: Wanted,
+        peak: u64,
+        env: impl Fn(&str) -> Option<String>,
+    ) -> anyhow::Result<Self> {
         let visible = Visible::parse(&env("NVIDIA_VISIBLE_DEVICES").unwrap_or_default());
         let state = env(STATE_ENV).map(PathBuf::from);
         let (Some(state), false) = (state, visible == Visible::Nothing) else {
@@ -114,7 +129,7 @@ impl Held {
         };
         let on = State::update(&state, |current| {
             let mut next = current.clone();
-            let on = take_all(&mut next, &visible, wanted)?;
+            let on = take_all(&mut next, &visible, wanted, peak)?;
             *current = next;
             anyhow::Ok(on)
         })
@@ -123,7 +138,23 @@ impl Held {
     }
 
     pub(super) fn as_json(&self) -> Value {
-        json!({"gpus": self.on.iter().map(|(uuid, bytes)| json!({"uuid": uuid, "bytes": bytes})).collect::<Vec<_>>()})
+        let told = |on: &Taken| json!({"uuid": on.uuid, "bytes": on.bytes, "free": on.free});
+        json!({"gpus": self.on.iter().map(told).collect::<Vec<_>>()})
+    }
+
+    /// The model is loaded: what only loading took is given back.
+    pub(super) fn settle(&mut self) -> anyhow::Result<()> {
+        if self.on.iter().any(|on| on.peak > 0) {
+            let pid = std::process::id();
+            State::update(&self.state, |state| {
+                for on in &self.on {
+                    state.give_back(&on.uuid, pid, on.peak);
+                }
+            })
+            .context("the GPUs' state file")?;
+            self.on.iter_mut().for_each(|on| on.peak = 0);
+        }
+        Ok(())
     }
 }
 
@@ -136,7 +167,7 @@ impl Drop for Held {
     }
 }
 
-fn take_all(state: &mut State, visible: &Visible, wanted: Wanted) -> anyhow::Result<Vec<(String, u64)>> {
+fn take_all(state: &mut State, visible: &Visible, wanted: Wanted, peak: u64) -> anyhow::Result<Vec<Taken>> {
     let devices = visible.of(state);
     if devices.is_empty() {
         bail!("RuntimeError: No CUDA GPUs are available");
@@ -144,8 +175,15 @@ fn take_all(state: &mut State, visible: &Visible, wanted: Wanted) -> anyhow::Res
     let mut on = Vec::new();
     for (place, device) in devices.iter().enumerate() {
         let bytes = wanted.of(device, devices.len() as u64);
-        match state.take(&device.uuid, std::process::id(), bytes) {
-            Ok(()) => on.push((device.uuid.clone(), bytes)),
+        let free = state.free(&device.uuid);
+        let peak = peak.min(free.saturating_sub(bytes));
+        match state.take(&device.uuid, std::process::id(), bytes.saturating_add(peak)) {
+            Ok(()) => on.push(Taken {
+                uuid: device.uuid.clone(),
+                bytes,
+                free,
+                peak,
+            }),
             Err(TakeError::OutOfMemory(short)) => bail!(
                 // vLLM's words.
                 "ValueError: Free memory on device cuda:{place} ({}/{} GiB) on startup is less than desired GPU \
@@ -229,7 +267,7 @@ fn gib(bytes: u64) -> String {
 }
 
 /// Bytes with one of Kubernetes' suffixes or none.
-fn bytes(text: &str) -> Result<u64, String> {
+pub(super) fn bytes(text: &str) -> Result<u64, String> {
     let digits = text
         .find(|c: char| !c.is_ascii_digit() && c != '.')
         .unwrap_or(text.len());
@@ -338,7 +376,7 @@ mod tests {
         let mut state = State::new("n", 1, 24 * GIB, 0, "L4");
         let uuid = state.devices[0].uuid.clone();
         state.take(&uuid, 1, 10 * GIB + GIB / 4).unwrap();
-        let error = take_all(&mut state, &Visible::All, Wanted::Fraction(0.9))
+        let error = take_all(&mut state, &Visible::All, Wanted::Fraction(0.9), 0)
             .unwrap_err()
             .to_string();
         assert_eq!(
@@ -360,17 +398,39 @@ mod tests {
             "NVIDIA_VISIBLE_DEVICES" => Some("all".to_owned()),
             _ => Some(path.to_str().unwrap().to_owned()),
         };
-        assert!(Held::take(Wanted::Bytes(20 * GIB), env).is_err());
+        assert!(Held::take(Wanted::Bytes(20 * GIB), 0, env).is_err());
         assert_eq!(State::load(&path).unwrap().used(&first), 0);
-        let held = Held::take(Wanted::Bytes(8 * GIB), env).unwrap();
+        let held = Held::take(Wanted::Bytes(8 * GIB), 0, env).unwrap();
         assert_eq!(State::load(&path).unwrap().used(&first), 4 * GIB);
         drop(held);
         assert_eq!(State::load(&path).unwrap().used(&first), 0);
         assert_eq!(State::load(&path).unwrap().used(&second), 20 * GIB);
         // What Ebb grants is for each GPU, not to be split once more.
-        let held = Held::take(Wanted::BytesPerGpu(4 * GIB), env).unwrap();
+        let held = Held::take(Wanted::BytesPerGpu(4 * GIB), 0, env).unwrap();
         assert_eq!(State::load(&path).unwrap().used(&first), 4 * GIB);
         assert_eq!(State::load(&path).unwrap().used(&second), 24 * GIB);
         drop(held);
+    }
+
+    #[test]
+    fn loading_takes_more_and_gives_it_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("nvml");
+        let state = State::new("n", 1, 24 * GIB, 0, "L4");
+        let uuid = state.devices[0].uuid.clone();
+        state.create(&path).unwrap();
+        let env = |name: &str| match name {
+            "NVIDIA_VISIBLE_DEVICES" => Some("all".to_owned()),
+            _ => Some(path.to_str().unwrap().to_owned()),
+        };
+        let mut held = Held::take(Wanted::Bytes(10 * GIB), 6 * GIB, env).unwrap();
+        assert_eq!(held.as_json()["gpus"][0]["free"], 24 * GIB);
+        assert_eq!(State::load(&path).unwrap().used(&uuid), 16 * GIB);
+        held.settle().unwrap();
+        assert_eq!(State::load(&path).unwrap().used(&uuid), 10 * GIB);
+        // No more than there is.
+        let other = Held::take(Wanted::Bytes(10 * GIB), 6 * GIB, env).unwrap();
+        assert_eq!(State::load(&path).unwrap().used(&uuid), 24 * GIB);
+        drop((held, other));
     }
 }

@@ -46,6 +46,9 @@ pub struct Args {
     /// GPU memory to hold, as a fraction of each GPU that is seen; wins over --memory.
     #[arg(long, env = "MODEL_GPU_MEMORY_UTILIZATION", value_parser = fraction)]
     gpu_memory_utilization: Option<f64>,
+    /// GPU memory that loading takes on each GPU beside that, as far as it is free, and gives back: bytes (`6Gi`).
+    #[arg(long, env = "MODEL_LOAD_PEAK", default_value = "0", value_parser = memory::bytes)]
+    load_peak: u64,
     /// What the port does while the model loads: `closed` refuses connections, `503` answers them.
     #[arg(long, env = "MODEL_WHILE_LOADING", value_enum, default_value = "closed")]
     while_loading: WhileLoading,
@@ -184,7 +187,7 @@ async fn live(args: Args) -> anyhow::Result<u8> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     log("env", environment());
 
-    let held = match take_memory(&args) {
+    let mut held = match take_memory(&args) {
         Ok(held) => held,
         Err(error) => {
             log("failed", json!({"reason": format!("{error:#}")}));
@@ -215,6 +218,7 @@ async fn live(args: Args) -> anyhow::Result<u8> {
             return Ok(CRASHED);
         }
     }
+    held.settle()?;
     engine.set_loaded();
     let server = match early {
         Some(server) => {
@@ -252,7 +256,7 @@ async fn live(args: Args) -> anyhow::Result<u8> {
 fn take_memory(args: &Args) -> anyhow::Result<Held> {
     let env = |name: &str| std::env::var(name).ok();
     let wanted = Wanted::choose(args.gpu_memory_utilization, args.memory, env)?;
-    Held::take(wanted, env)
+    Held::take(wanted, args.load_peak, env)
 }
 
 /// Loading: the time passes, or it fails as asked.

@@ -1,0 +1,157 @@
+//! What to do about a pod that uses more of a GPU than it declared. Its neighbours were promised what it takes.
+
+use std::time::Duration;
+
+use super::ledger::{Entry, NodeState};
+use crate::api::scale_policy::OverUse;
+use crate::api::units::Bytes;
+
+/// So much more is within what drivers and allocators round to.
+pub const TOLERANCE: Bytes = Bytes(64 << 20);
+/// What does not last so long is a spike.
+pub const SETTLE: Duration = Duration::from_secs(10);
+
+/// What a pod has on the GPU where it is furthest over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Excess {
+    /// The GPU's index on the node.
+    pub gpu: u32,
+    /// In use.
+    pub used: Bytes,
+    /// Declared.
+    pub declared: Bytes,
+}
+
+/// What a pod that Ebb bound uses, as its node's last reading tells; `None` where that tells nothing of it.
+#[must_use]
+pub fn look(node: &NodeState, entry: &Entry) -> Option<Use> {
+    let declared = entry.claim.bytes_per_gpu;
+    entry.claim.gpus.as_ref()?;
+    let worst = node.used_by(&entry.uid).max_by_key(|(_, used)| *used)?;
+    Some(match worst {
+        (gpu, used) if used > declared.saturating_add(TOLERANCE) => Use::Over(Excess { gpu, used, declared }),
+        _ => Use::Within,
+    })
+}
+
+/// How what a pod uses compares to what it declared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// Not more.
+    Within,
+    /// More.
+    Over(Excess),
+}
+
+/// What a decision is made from.
+#[derive(Clone, Copy, Debug)]
+pub struct Facts<'a> {
+    /// What the pod has.
+    pub excess: Excess,
+    /// Every reading for so long has shown it over.
+    pub lasts: Duration,
+    /// It is being deleted.
+    pub terminating: bool,
+    /// What its policy says, and the policy's name; `None`: no policy is about it.
+    pub policy: Option<(OverUse, &'a str)>,
+}
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Nothing yet.
+    Wait {
+        /// Look again then.
+        again_in: Option<Duration>,
+    },
+    /// Tell people.
+    Tell {
+        /// What, and what to do about it.
+        reason: String,
+    },
+    /// Tell people, and evict it.
+    Evict {
+        /// The same.
+        reason: String,
+    },
+}
+
+/// Decides for one pod that is over.
+#[must_use]
+pub fn decide(facts: &Facts<'_>) -> Decision {
+    if facts.terminating {
+        return Decision::Wait { again_in: None };
+    }
+    if facts.lasts < SETTLE {
+        return Decision::Wait {
+            again_in: Some(SETTLE.saturating_sub(facts.lasts)),
+        };
+    }
+    let Excess { gpu, used, declared } = facts.excess;
+    let told = format!(
+        "uses {used} of GPU {gpu}, declared {declared}: raise ebb.dev/gpu-memory or lower --gpu-memory-utilization; {} \
+         more than it declared are kept from other pods",
+        used.saturating_sub(declared)
+    );
+    match facts.policy {
+        Some((OverUse::Evict, policy)) => Decision::Evict {
+            reason: format!("{told}; evicted, as ScalePolicy {policy} says (overUse: Evict)"),
+        },
+        Some((OverUse::Tell, _)) | None => Decision::Tell { reason: told },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn facts<'a>(lasts: u64, policy: Option<(OverUse, &'a str)>) -> Facts<'a> {
+        Facts {
+            excess: Excess {
+                gpu: 1,
+                used: Bytes(213 * GIB / 10),
+                declared: Bytes(18 * GIB),
+            },
+            lasts: Duration::from_secs(lasts),
+            terminating: false,
+            policy,
+        }
+    }
+
+    #[test]
+    fn a_spike_is_waited_out() {
+        assert_eq!(
+            decide(&facts(4, None)),
+            Decision::Wait {
+                again_in: Some(Duration::from_secs(6))
+            }
+        );
+    }
+
+    #[test]
+    fn it_is_told_in_figures_and_evicted_only_where_a_policy_says_so() {
+        let told = "uses 21.3 GiB of GPU 1, declared 18 GiB: raise ebb.dev/gpu-memory or lower \
+                    --gpu-memory-utilization; 3.3 GiB more than it declared are kept from other pods";
+        for policy in [None, Some((OverUse::Tell, "models"))] {
+            assert_eq!(
+                decide(&facts(10, policy)),
+                Decision::Tell {
+                    reason: told.to_owned()
+                }
+            );
+        }
+        assert_eq!(
+            decide(&facts(10, Some((OverUse::Evict, "models")))),
+            Decision::Evict {
+                reason: format!("{told}; evicted, as ScalePolicy models says (overUse: Evict)")
+            }
+        );
+        let terminating = Facts {
+            terminating: true,
+            ..facts(99, Some((OverUse::Evict, "models")))
+        };
+        assert_eq!(decide(&terminating), Decision::Wait { again_in: None });
+    }
+}
