@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::installation::{Installation, within};
+use super::installation::{Installation, success, within};
 
 fn pod(name: &str) -> Value {
     json!({
@@ -132,7 +132,7 @@ pub async fn gated(ebb: &Installation) {
     // What the README says of pods that still wait when Ebb is taken away.
     ebb.ok(&["create", "-f", "-"], &pod("stranded").to_string()).await;
     let waiting = "--field-selector=spec.schedulerName=ebb-scheduler,spec.nodeName=";
-    let output = ebb.ok(&["delete", "pods", "-A", waiting], "").await;
+    let output = success(ebb.cluster.kubectl(&["delete", "pods", "-A", waiting]).await);
     assert!(
         output.stdout.contains("stranded") && !output.stdout.contains("full"),
         "{}",
