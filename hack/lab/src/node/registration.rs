@@ -237,7 +237,12 @@ mod tests {
     use crate::node::spec::NodeSpec;
 
     fn machine() -> Machine {
-        Machine::new(NodeSpec::gpu("g", 2, 24 << 30, "NVIDIA L4"), 3, "/none".into(), None)
+        Machine::new(
+            NodeSpec::gpu("g", 2, 24 << 30, "NVIDIA L4"),
+            3,
+            "/none".into(),
+            None,
+        )
     }
 
     #[test]
