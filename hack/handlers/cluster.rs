@@ -8,7 +8,7 @@ use ebb::api::gpu_request::{GpuRequest, Sharing};
 use ebb::api::host::Host;
 use ebb::api::units::{Bytes, GpuId, MilliCpu, NodeName, PodUid};
 use ebb::plan::ledger::{
-    Claim, Entry, Event, GpuFacts, Images, Inventory, Ledger, NeighbourFacts, NodeFacts, PodFacts,
+    Claim, Entry, Event, GpuFacts, Images, Inventory, Ledger, NeighbourFacts, NodeFacts, PodFacts, Start,
 };
 use ebb::plan::placement::{self, Needs, Want};
 use ebb_lab::bench::chance::Chance;
@@ -236,6 +236,7 @@ impl Cluster {
             },
             node: Some(node),
             finished: false,
+            start: Start::Over,
         })
     }
 

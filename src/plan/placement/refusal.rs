@@ -164,7 +164,7 @@ pub struct Reasons {
     now_ms: u64,
     nearest: Option<Miss>,
     /// Boxed, as an error it is part of is passed around.
-    busy: Option<Box<Busy>>,
+    busy: Option<Busy>,
     /// The words of each kind, once they have been made.
     words: Vec<(NodeRefusal, Arc<str>)>,
 }
@@ -193,7 +193,7 @@ impl Reasons {
             NodeRefusal::Starting { on }
                 if self.busy.as_ref().is_none_or(|known| on.order() < known.order()) =>
             {
-                self.busy = Some(Box::new(on.clone()));
+                self.busy = Some(on.clone());
             }
             _ => {}
         }
@@ -205,7 +205,7 @@ impl Reasons {
             NodeRefusal::NoRoom { nearest, .. } if Some(nearest) == self.nearest.as_ref() => {
                 return nearest.to_string().into();
             }
-            NodeRefusal::Starting { on } if Some(on) == self.busy.as_deref() => {
+            NodeRefusal::Starting { on } if Some(on) == self.busy.as_ref() => {
                 return on.told(self.now_ms).into();
             }
             _ => {}
@@ -226,7 +226,8 @@ impl Reasons {
 pub struct Refusal {
     request: GpuRequest,
     reasons: BTreeMap<Arc<str>, usize>,
-    nearest: Reasons,
+    /// Boxed, as this is an error that is passed around.
+    nearest: Box<Reasons>,
     fenced: usize,
 }
 
@@ -237,7 +238,7 @@ impl Refusal {
         Self {
             request: request.clone(),
             reasons: BTreeMap::new(),
-            nearest: Reasons::at(now_ms),
+            nearest: Box::new(Reasons::at(now_ms)),
             fenced: 0,
         }
     }
@@ -272,7 +273,7 @@ impl Refusal {
     /// The GPU that takes it as soon as another pod has started there: it waits for that, and not for room.
     #[must_use]
     pub fn waits_for(&self) -> Option<&Busy> {
-        self.nearest.busy.as_deref()
+        self.nearest.busy.as_ref()
     }
 
     /// Nodes that Ebb is emptying; taking one back might make room.
