@@ -128,8 +128,8 @@ async fn agent_silent(hall: &Hall) -> anyhow::Result<()> {
             .deletion_timestamp
             .is_none()
     );
-    hall.create("unheard", 8 * GIB, json!({})).await?;
-    let told = hall.refused("unheard").await?;
+    let unheard = hall.create("unheard", 8 * GIB, json!({})).await?;
+    let told = hall.told_why(&unheard).await?;
     ensure!(told.contains(closed), "{told}");
     agents(r#"{"nowhere":null}"#).await?;
     hall.bound("unheard").await?;
@@ -218,8 +218,8 @@ async fn starts_and_remains(hall: &Hall) -> anyhow::Result<()> {
     hall.create("first", 18 * GIB, json!({hall::NEVER_READY: "true"}))
         .await?;
     let place = hall.bound("first").await?;
-    hall.create("second", 18 * GIB, json!({})).await?;
-    let text = hall.refused("second").await?;
+    let second = hall.create("second", 18 * GIB, json!({})).await?;
+    let text = hall.told_why(&second).await?;
     ensure!(
         text.contains("GPU 0 of gpu-a: models/first is starting (for ")
             && text.contains("at most 10 min): one start at a time per GPU"),
@@ -231,8 +231,8 @@ async fn starts_and_remains(hall: &Hall) -> anyhow::Result<()> {
     one_card(36 * GIB).await?;
     hall.force("first").await?;
     moment().await;
-    hall.create("third", 20 * GIB, json!({})).await?;
-    let text = hall.refused("third").await?;
+    let third = hall.create("third", 20 * GIB, json!({})).await?;
+    let text = hall.told_why(&third).await?;
     ensure!(
         text.contains("GPU 0 of gpu-a has 4 GiB free, 20 GiB asked"),
         "{text}"

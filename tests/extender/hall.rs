@@ -59,8 +59,8 @@ pub struct Hall {
 /// A pod with this annotation never becomes Ready.
 pub const NEVER_READY: &str = "hall/never-ready";
 
-/// Says of every pod that is bound that it is Ready.
-async fn say_ready(client: kube::Client) {
+/// Does what kubelets do: says of every pod that is bound that it is Ready, and ends those that are to go.
+async fn kubelet(client: kube::Client) {
     let pods: Api<Pod> = Api::namespaced(client, MODELS);
     let mut bound = std::pin::pin!(
         kube::runtime::watcher(pods.clone(), kube::runtime::watcher::Config::default())
@@ -71,7 +71,9 @@ async fn say_ready(client: kube::Client) {
         let Ok(pod) = pod else { continue };
         let runs = pod.spec.as_ref().is_some_and(|spec| spec.node_name.is_some());
         let told = pod.status.as_ref().and_then(|status| status.phase.as_deref());
-        if runs && told == Some("Pending") && !pod.annotations().contains_key(NEVER_READY) {
+        if runs && pod.metadata.deletion_timestamp.is_some() {
+            let _ = end(&pods, &pod.name_any()).await;
+        } else if runs && told == Some("Pending") && !pod.annotations().contains_key(NEVER_READY) {
             // It may be gone by now.
             let _ = ready(&pods, &pod.name_any()).await;
         }
@@ -83,6 +85,22 @@ async fn ready(pods: &Api<Pod>, name: &str) -> kube::Result<Pod> {
     let status = json!({"status": {"phase": "Running", "conditions": [condition]}});
     pods.patch_status(name, &PatchParams::default(), &Patch::Strategic(&status))
         .await
+}
+
+/// Its containers have ended, and it goes.
+async fn end(pods: &Api<Pod>, name: &str) -> kube::Result<()> {
+    let ended = json!({"status": {"phase": "Succeeded"}});
+    pods.patch_status(name, &PatchParams::default(), &Patch::Strategic(&ended))
+        .await?;
+    force(pods, name).await
+}
+
+async fn force(pods: &Api<Pod>, name: &str) -> kube::Result<()> {
+    let now = DeleteParams {
+        grace_period_seconds: Some(0),
+        ..DeleteParams::default()
+    };
+    pods.delete(name, &now).await.map(drop)
 }
 
 impl Hall {
@@ -98,7 +116,7 @@ impl Hall {
         ))
         .await?;
         let hall = Hall {
-            _kubelet: AbortOnDropHandle::new(tokio::spawn(say_ready(site.client.clone()))),
+            _kubelet: AbortOnDropHandle::new(tokio::spawn(kubelet(site.client.clone()))),
             site,
             heartbeats: Vec::new(),
         };
@@ -193,7 +211,6 @@ impl Hall {
             "metadata": {"name": name},
             "spec": {
                 "schedulerName": "ebb-scheduler",
-                "terminationGracePeriodSeconds": 0,
                 "containers": [{"name": "model", "image": "none.invalid/model:1",
                     "resources": {"limits": {"ebb.dev/gpu-memory": bytes.to_string()}}}],
             },
@@ -229,21 +246,12 @@ impl Hall {
 
     /// Deletes a pod whose containers have ended, as the kubelet does.
     pub async fn delete(&self, name: &str) -> anyhow::Result<()> {
-        let ended = json!({"status": {"phase": "Succeeded"}});
-        self.pods()
-            .patch_status(name, &PatchParams::default(), &Patch::Strategic(&ended))
-            .await?;
-        self.force(name).await
+        Ok(end(&self.pods(), name).await?)
     }
 
     /// Deletes a pod by force, whatever its containers do.
     pub async fn force(&self, name: &str) -> anyhow::Result<()> {
-        let now = DeleteParams {
-            grace_period_seconds: Some(0),
-            ..DeleteParams::default()
-        };
-        self.pods().delete(name, &now).await?;
-        Ok(())
+        Ok(force(&self.pods(), name).await?)
     }
 
     /// All models' pods are gone.
@@ -288,6 +296,15 @@ impl Hall {
             tokio::time::sleep(LOOK).await;
         }
         Ok(())
+    }
+
+    /// Waits until the pod has been told why it has no place: by the leader if it is gated, else by the scheduler.
+    pub async fn told_why(&self, pod: &Pod) -> anyhow::Result<String> {
+        if self.is_gated(&pod.name_any()).await? {
+            self.event(pod, "WaitsForGpuMemory").await
+        } else {
+            self.refused(&pod.name_any()).await
+        }
     }
 
     /// Waits until the scheduler has told that it found no place; what it told.

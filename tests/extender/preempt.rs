@@ -70,7 +70,6 @@ async fn create(hall: &Hall, name: &str, class: &str, bytes: u64) -> anyhow::Res
         "spec": {
             "schedulerName": "ebb-scheduler",
             "priorityClassName": class,
-            "terminationGracePeriodSeconds": 0,
             "containers": [{"name": "model", "image": "none.invalid/model:1",
                 "resources": {"limits": {"ebb.dev/gpu-memory": bytes.to_string()}}}],
         },

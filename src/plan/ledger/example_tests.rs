@@ -203,3 +203,22 @@ fn a_pod_that_never_ran_leaves_nothing() {
     ledger.apply(Event::PodGone(uid(0)));
     assert_eq!(free(&ledger), 24);
 }
+
+#[test]
+fn adversarial_a_pod_that_uses_a_card_it_was_not_given() {
+    let mut ledger = one_gpu(None);
+    let elsewhere = Claim {
+        gpus: Some(vec![gpu(0, 1)]),
+        ..on_gpu(10)
+    };
+    ledger.apply(bound(0, on_gpu(10)));
+    ledger.apply(bound(1, elsewhere));
+    let Event::Inventory(mut reading) = inventory(Some(5)) else {
+        unreachable!()
+    };
+    // The pod of this card has not taken all that it declared yet: the total alone would hide the other one.
+    reading.gpus[0].foreign = Some(Bytes(0));
+    reading.gpus[0].used_by = BTreeMap::from([(uid(0), Bytes(2)), (uid(1), Bytes(3))]);
+    ledger.apply(Event::Inventory(reading));
+    assert_eq!(free(&ledger), 24 - 10 - 3);
+}

@@ -81,14 +81,15 @@ impl NodeState {
         gpu.foreign.is_none() && gpu.used.is_none_or(|used| used > accounted)
     }
 
-    /// Memory of pods that are not there any more, as the reading tells it per pod. What those had that went since then
-    /// is not counted.
+    /// Memory of pods that have nothing on this GPU, or not any more, as the reading tells it per pod. What those had that
+    /// went since then is not counted.
     pub(super) fn strays(&self, gpu: &GpuFacts) -> Bytes {
+        let here = |entry: &Entry| is_on(entry, gpu);
         let known = |uid: &PodUid| {
-            self.pods.contains_key(uid)
-                || self.holds.contains_key(uid)
-                || self.remains.contains_key(uid)
-                || self.departed.iter().any(|entry| entry.uid == *uid)
+            self.pods.get(uid).is_some_and(here)
+                || self.holds.get(uid).is_some_and(here)
+                || self.remains.get(uid).is_some_and(|remains| here(&remains.entry))
+                || self.departed.iter().any(|entry| entry.uid == *uid && here(entry))
         };
         let strays = gpu.used_by.iter().filter(|(uid, _)| !known(uid));
         strays.map(|(_, used)| *used).sum()

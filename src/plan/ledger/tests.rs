@@ -410,7 +410,9 @@ proptest! {
                     .filter(|e| is_on(&e))
                     .map(|e| e.claim.bytes_per_gpu.0.max(facts.used_by.get(&e.uid).map_or(0, |used| used.0)))
                     .sum();
-                let known = |uid: &PodUid| entries.iter().copied().chain(&node.departed).any(|e| e.uid == *uid);
+                // A pod that is entered on another GPU has no business on this one.
+                let entered = || entries.iter().copied().chain(&node.departed);
+                let known = |uid: &PodUid| entered().any(|e| e.uid == *uid && is_on(&&e));
                 let strays: u64 = facts.used_by.iter().filter(|(uid, _)| !known(uid)).map(|(_, b)| b.0).sum();
                 let used = facts.used.map_or(0, |u| u.0).saturating_sub(left);
                 let occupied = (held + facts.foreign.map_or(0, |f| f.0) + strays).max(used);

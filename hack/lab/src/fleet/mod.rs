@@ -28,7 +28,7 @@ use replica::Replica;
 /// What the controllers of a fleet are started with beside their names.
 ///
 /// No pod here ever becomes Ready, since nobody runs it: what waits for that is turned off in this one place.
-const CONTROLLER_FLAGS: [&str; 0] = [];
+const CONTROLLER_FLAGS: [&str; 1] = ["--one-start-per-gpu=false"];
 
 /// A control plane that Ebb can be started on. Dropping it ends all of it.
 pub struct Fleet {
