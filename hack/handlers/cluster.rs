@@ -342,7 +342,7 @@ fn node(name: &NodeName, card: &str, number: usize) -> NodeFacts {
 }
 
 /// The body that kube-scheduler posts to filter and prioritize for this pod and these nodes.
-pub fn body(uid: &PodUid, kind: &Kind, nodes: &[&str]) -> Vec<u8> {
+pub fn body(uid: &PodUid, kind: &Kind, prefers: bool, nodes: &[&str]) -> Vec<u8> {
     let memory = u64::from(kind.gpus) * kind.gib;
     let resources = json!({
         "cpu": kind.cpu.to_string(),
@@ -359,6 +359,12 @@ pub fn body(uid: &PodUid, kind: &Kind, nodes: &[&str]) -> Vec<u8> {
     pod["spec"]["containers"][0]["resources"] = json!({"limits": resources, "requests": resources});
     if let Some(card) = kind.card {
         pod["spec"]["nodeSelector"] = json!({CARD: card});
+    }
+    if prefers {
+        let wish = json!({"weight": 1, "preference": {"matchExpressions": [
+            {"key": "zone", "operator": "In", "values": ["a"]}]}});
+        pod["spec"]["affinity"] =
+            json!({"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [wish]}});
     }
     json!({"Pod": pod, "Nodes": null, "NodeNames": nodes})
         .to_string()

@@ -30,9 +30,11 @@ const HEARD: usize = 2048;
 /// Pods that are placed before any is measured.
 const WARM_UP: usize = 200;
 /// The figures: a quantile of what was measured under a name.
-const FIGURES: [(&str, f64, &str); 11] = [
+const FIGURES: [(&str, f64, &str); 13] = [
     ("filter_p50_ms", 0.5, "filter"),
     ("filter_p99_ms", 0.99, "filter"),
+    ("filter_all_p50_ms", 0.5, "filter_all"),
+    ("filter_all_p99_ms", 0.99, "filter_all"),
     ("prioritize_p50_ms", 0.5, "prioritize"),
     ("prioritize_p99_ms", 0.99, "prioritize"),
     ("filter_again_p50_ms", 0.5, "filter_again"),
@@ -154,11 +156,13 @@ fn place(
     cluster: &mut Cluster,
     chance: &mut Chance,
     kind: &Kind,
-    seldom: bool,
+    number: usize,
 ) -> anyhow::Result<()> {
     let uid = cluster.uid();
-    let filter = body(&uid, kind, &cluster.candidates(kind));
-    let passed = extender.answer("filter", Verb::Filter, &filter)?;
+    let (prefers, seldom) = (number % 2 == 1, number.is_multiple_of(SELDOM));
+    let filter = body(&uid, kind, prefers, &cluster.candidates(kind));
+    let name = if prefers { "filter_all" } else { "filter" };
+    let passed = extender.answer(name, Verb::Filter, &filter)?;
     extender.deal_if_due();
     extender.tell(cluster.told_anew(chance));
     let names: Vec<&str> = passed["NodeNames"]
@@ -169,14 +173,15 @@ fn place(
         .collect();
     // The scheduler asks nobody to prioritize a single node.
     if names.len() > 1 {
-        let prioritize = body(&uid, kind, &names);
+        let prioritize = body(&uid, kind, prefers, &names);
         extender.answer("prioritize", Verb::Prioritize, &prioritize)?;
-        if seldom {
-            extender.tell(cluster.told_anew(chance));
-            extender.answer("filter_again", Verb::Filter, &filter)?;
-            extender.tell(cluster.told_anew(chance));
-            extender.answer("prioritize_again", Verb::Prioritize, &prioritize)?;
-        }
+    }
+    if seldom {
+        extender.tell(cluster.told_anew(chance));
+        extender.answer("filter_again", Verb::Filter, &filter)?;
+        extender.tell(cluster.told_anew(chance));
+        let again = body(&uid, kind, prefers, &cluster.candidates(kind));
+        extender.answer("prioritize_again", Verb::Prioritize, &again)?;
     }
     if let Some(hold) = extender.hold(&uid) {
         extender.tell(cluster.bind(uid, hold.node, kind.host(), hold.claim));
@@ -216,13 +221,12 @@ fn main() -> anyhow::Result<()> {
             extender.measured.clear();
             extender.disturbed = 0;
         }
-        let seldom = number.is_multiple_of(SELDOM);
         let kind = draw(&mut chance);
-        place(&mut extender, &mut cluster, &mut chance, kind, seldom)?;
-        if seldom {
+        place(&mut extender, &mut cluster, &mut chance, kind, number)?;
+        if number.is_multiple_of(SELDOM) {
             let uid = cluster.uid();
             let all = cluster.candidates(&TOO_MUCH);
-            let filter = body(&uid, &TOO_MUCH, &all);
+            let filter = body(&uid, &TOO_MUCH, false, &all);
             let refused = extender.answer("refused", Verb::Filter, &filter)?;
             let reasons = refused["FailedNodes"].as_object().map_or(0, serde_json::Map::len)
                 + refused["FailedAndUnresolvableNodes"]

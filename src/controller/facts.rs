@@ -60,7 +60,7 @@ pub fn by_namespace(workloads: &[Workload]) -> ByNamespace {
 /// Whether this is one of the gates' pods.
 #[must_use]
 pub fn is_gate(pod: &Pod, namespace: &str) -> bool {
-    pod.namespace().as_deref() == Some(namespace)
+    pod.metadata.namespace.as_deref() == Some(namespace)
         && pod
             .labels()
             .get(NAME_LABEL)

@@ -3,9 +3,9 @@
 //!
 //! The life of a pod that asks for GPU memory, by file:
 //!
-//! 1. [`verbs`]: filter names the nodes with room, of very many the best; prioritize names the tightest of them.
-//!    kube-scheduler binds in the background, so that the next pod's filter can come before this pod's bind: the likely
-//!    winner's memory is held in the ledger from here on.
+//! 1. [`verbs`]: filter names the best node, and kube-scheduler asks no more. For a pod that prefers some nodes to others it
+//!    names all that have room; prioritize then says which pack best. kube-scheduler binds in the background, so that the
+//!    next pod's filter can come before this pod's bind: the winner's memory is held in the ledger from here on.
 //! 2. [`bind`]: the hold becomes a Binding, one write that sets node and GPUs; the watch then turns it into an entry.
 //! 3. [`refused`]: a pod that found no room is tried again when memory frees, by a Node event. Most never come that far:
 //!    they wait behind a scheduling gate (`plan::waiting`) until there is room.
@@ -276,7 +276,7 @@ async fn catch_up(extender: &Extender, term: u64) -> Result<(), CallError> {
         // What was asked before this leader is what it can expect to be asked.
         for pod in &list.items {
             if let Some(want) = ledger_feed::want(pod) {
-                extender.mix.lock().observe(&ledger_feed::pod_uid(pod), &want);
+                extender.mix.lock().recall(&ledger_feed::pod_uid(pod), &want);
             }
         }
         marked += term_mark::mark(extender, list.items, term).await?;

@@ -12,7 +12,7 @@ use super::refused::Refused;
 use super::wire::{self, Candidates, Failed};
 use crate::api::gpu_request::GpuRequest;
 use crate::api::packing::Packing;
-use crate::api::units::PodUid;
+use crate::api::units::{NodeName, PodUid};
 use crate::cluster::ledger_feed::SharedLedger;
 use crate::cluster::waiting::NO_LEADER;
 use crate::plan::ledger::{Claim, Entry, NodeState, Shut, Stage};
@@ -21,8 +21,6 @@ use crate::plan::placement::{self, Choice, Judge, Mix, NodeRefusal, Reasons, Sur
 /// A winner's reservation stands this long without a bind; the scheduler's own bind comes within milliseconds, after
 /// minutes at most where a volume has to be made first, and then bind looks for room again.
 const RESERVED: Duration = Duration::from_secs(10);
-/// So many nodes are enough to choose from: see [`Outcome::Best`].
-const ENOUGH: usize = 100;
 
 /// An answer's bytes, or why the body is no request.
 pub type Answer = serde_json::Result<Vec<u8>>;
@@ -115,10 +113,10 @@ fn filter(desk: Desk<'_>, body: &[u8]) -> Answer {
     };
     let uid = PodUid::from(pod.uid());
     let want = pod.want(Some(request.clone()));
-    let (hands, known) = {
+    let (hands, first) = {
         let mut mix = desk.mix.lock();
-        let new = mix.observe(&uid, &want);
-        (mix.dealt(), !new)
+        let first = mix.observe(&uid, &want);
+        (mix.dealt(), first)
     };
     let judge = Judge {
         packing: (desk.packing)(&pod),
@@ -130,17 +128,19 @@ fn filter(desk: Desk<'_>, body: &[u8]) -> Answer {
         ledger.expire(desk.now_ms);
         let names = candidates.names.iter().map(|name| &**name);
         let survey = placement::survey(ledger, names, &want, &uid, judge);
-        let outcome = if survey.fitting() > ENOUGH && !known && !pod.prefers() {
-            Outcome::Best(survey.best(ENOUGH))
+        let outcome = if first && !pod.prefers() && survey.fitting() > 0 {
+            None
         } else {
-            Outcome::all(&survey, &request, &uid)
+            Some(Outcome::all(&survey, &request, &uid))
         };
         // The scheduler asks nobody to prioritize a single node.
-        let only = survey.only().and_then(|node| {
-            let choice = placement::place(node, &want, Some(&uid), judge).ok()?;
-            Some((node.name().clone(), choice))
-        });
-        if let Some((node, choice)) = only {
+        let won = match (&outcome, survey.only()) {
+            (Some(_), None) => None,
+            _ => survey.ranking(&want, judge).order.into_iter().next(),
+        };
+        let outcome = outcome.unwrap_or_else(|| Outcome::Best(won.iter().map(|(best, _)| *best).collect()));
+        if let Some((best, choice)) = won {
+            let node = NodeName::from(&*candidates.names[best]);
             ledger.hold(&node, entry(&pod, &uid, &want, &request, choice), desk.reserved());
         }
         (outcome, ledger.freed())
@@ -155,9 +155,9 @@ fn filter(desk: Desk<'_>, body: &[u8]) -> Answer {
 
 /// Which nodes pass.
 enum Outcome {
-    /// The best, by position; nothing is said of the others, since kube-scheduler asks nothing of them. At least as many
-    /// as it would look at if it had to choose by itself (`minFeasibleNodesToFind`), so that other extenders have a
-    /// choice too. Should they leave none, the pod comes back and is known then.
+    /// The best, by position, and no other: nothing is said of the others, and kube-scheduler asks nothing of them. It
+    /// scores no nodes then, and asks nobody to. A pod that prefers some nodes to others has them all, and so has one that
+    /// comes back: somebody else does not want it there.
     Best(Vec<usize>),
     /// All that have room, and why the others have none.
     All(Vec<Result<(), NodeRefusal>>),
@@ -226,21 +226,12 @@ fn prioritize(desk: Desk<'_>, body: &[u8]) -> Answer {
     };
     let scores = desk.ledger.update(|ledger| {
         let names = candidates.names.iter().map(|name| &**name);
-        let known: Vec<(usize, &NodeState)> = (0..)
-            .zip(ledger.find(names))
-            .filter_map(|(position, node)| Some((position, node?.1)))
-            .collect();
-        let nodes = || known.iter().map(|(_, node)| *node);
-        let ranking = placement::rank(nodes(), &want, Some(&uid), judge);
-        let of_known = if pod.prefers() {
+        let ranking = placement::survey(ledger, names, &want, &uid, judge).ranking(&want, judge);
+        let mut scores = if pod.prefers() {
             ranking.scores_of_equals()
         } else {
             ranking.scores()
         };
-        let mut scores = vec![0; candidates.names.len()];
-        for ((position, _), score) in known.iter().zip(of_known) {
-            scores[*position] = score;
-        }
         let Some(request) = &request else {
             // A pod without GPU memory, where the scheduler asks about those too: it wastes least where no GPU is.
             let bare = |name: &str| ledger.node(name).is_none_or(|node| node.gpus().is_empty());
@@ -252,7 +243,7 @@ fn prioritize(desk: Desk<'_>, body: &[u8]) -> Answer {
             return scores;
         };
         if let Some((best, choice)) = ranking.order.into_iter().next() {
-            let node = known[best].1.name().clone();
+            let node = NodeName::from(&*candidates.names[best]);
             let entry = entry(&pod, &uid, &want, request, choice);
             ledger.hold(&node, entry, desk.reserved());
         }

@@ -28,7 +28,7 @@ pub struct Row {
 }
 
 /// One GPU's figures.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Figures {
     /// What a new pod can have of it.
     pub free: Bytes,

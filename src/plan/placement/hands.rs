@@ -4,6 +4,7 @@
 //! come. What is free on the cluster is counted at the same time, for each kind of request and each demand on a node's
 //! labels: what more is asked for than is there must not be given to those who could go elsewhere.
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::sync::{Arc, MutexGuard};
 
@@ -147,6 +148,15 @@ impl Hands {
     /// For each of the different [`Needs`], whether a node with these labels meets it.
     pub(super) fn met_by(&self, labels: &Labels) -> Vec<bool> {
         self.needs.iter().map(|(needs, _)| needs.met_by(labels)).collect()
+    }
+
+    /// The order of labels by which of the needs they meet.
+    pub(super) fn compare(&self, a: &Labels, b: &Labels) -> Ordering {
+        let needs = self.needs.iter().filter(|(needs, _)| !needs.is_empty());
+        needs
+            .map(|(needs, _)| needs.met_by(a).cmp(&needs.met_by(b)))
+            .find(|order| order.is_ne())
+            .unwrap_or(Ordering::Equal)
     }
 
     /// What a byte on a node that meets these of the needs takes from requests that can go nowhere else, in [`PARTS`].

@@ -3,7 +3,7 @@
 //! Nobody knows the distribution of requests, and it changes. So the record *is* the mix: each pod's request counts
 //! once, and goes when enough newer ones have come.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
 use super::hands::{Field, Hands};
@@ -66,18 +66,27 @@ impl Needs {
 #[derive(Clone, Debug, Default)]
 pub struct Mix {
     recent: VecDeque<(PodUid, Want)>,
-    known: HashSet<PodUid>,
+    /// Those remembered, and whether the scheduler has asked about them.
+    known: HashMap<PodUid, bool>,
     seen: usize,
     due: bool,
     dealt: Arc<Hands>,
 }
 
 impl Mix {
-    /// Remembers what a pod asks, once however often it is tried. Says whether it is new.
+    /// Remembers what a pod asks, once however often it is tried. Says whether it is asked about for the first time.
     pub fn observe(&mut self, pod: &PodUid, want: &Want) -> bool {
-        if want.gpus.is_none() || !self.known.insert(pod.clone()) {
-            return false;
+        self.recall(pod, want);
+        let asked = self.known.get_mut(pod);
+        asked.is_some_and(|asked| !std::mem::replace(asked, true))
+    }
+
+    /// Remembers what a pod asks that some leader before may have been asked about.
+    pub fn recall(&mut self, pod: &PodUid, want: &Want) {
+        if want.gpus.is_none() || self.known.contains_key(pod) {
+            return;
         }
+        self.known.insert(pod.clone(), false);
         if self.recent.len() == REMEMBERED
             && let Some((oldest, _)) = self.recent.pop_front()
         {
@@ -89,7 +98,6 @@ impl Mix {
         if self.seen.is_power_of_two() || self.seen < OFTEN || self.seen.is_multiple_of(REMEMBERED / 4) {
             self.due = true;
         }
-        true
     }
 
     /// The futures, dealt anew where enough has changed.

@@ -149,9 +149,18 @@ pub fn rank<'n>(
         count = position + 1;
         shortlist.look(position, Seen::new(node, asker));
     }
+    order(shortlist.listed(), want, judge, count)
+}
+
+/// Orders the nodes of a shortlist, `count` of which were given.
+pub(super) fn order<'n>(
+    listed: impl Iterator<Item = Listed<'n>>,
+    want: &Want,
+    judge: Judge<'_>,
+    count: usize,
+) -> Ranking {
     let mut counted = judge.hands.counted();
-    let mut places: Vec<(Rank, &NodeName, Listed<'_>)> = shortlist
-        .listed()
+    let mut places: Vec<(Rank, &NodeName, Listed<'_>)> = listed
         .filter_map(|listed| {
             let (room, warm) = (listed.seen.room(judge.hands), listed.seen.warm(judge));
             let rank = best_on(&room, warm, want, judge, &mut counted)?;

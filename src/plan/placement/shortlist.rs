@@ -1,9 +1,8 @@
 //! Which nodes come into question for a pod: the first look at all of them, by nothing but their figures.
 //!
 //! [`rank`](super::rank) looks closely at the few nodes that are listed here: the tightest places, some different ones of
-//! each make of node. Nodes in equal state are one, and the rest is never far better. Filter asks no more than that: the
-//! nodes with room, and those among them that prioritize would look at ([`survey`]). So prioritize ranks a hundred names
-//! as it would have ranked all.
+//! each make of node. Nodes in equal state are one, and the rest is never far better. Filter and prioritize ask by name
+//! ([`survey`]), and read rows of figures rather than the pages they are from.
 
 #[cfg(test)]
 #[path = "shortlist_tests.rs"]
@@ -14,7 +13,7 @@ use std::cmp::{Ordering, Reverse};
 use super::hands::Hands;
 use super::mix::Want;
 use super::outlook::NodeRoom;
-use super::rank::Judge;
+use super::rank::{Judge, Ranking, order};
 use super::{Choice, beside, offers};
 use crate::api::host::Host;
 use crate::api::packing::Packing;
@@ -242,9 +241,9 @@ fn enter<'n>(list: &mut Vec<Listed<'n>>, mut new: Listed<'n>, judge: Judge<'_>) 
 
 /// The order of nodes by all that matters about them beside their [`Key`]: equal are those in the same state.
 fn state(a: &Seen<'_>, b: &Seen<'_>, hands: &Hands) -> Ordering {
-    let met = |seen: &Seen<'_>| hands.met_by(seen.node.labels());
-    let rooms = a.rooms().cmp(b.rooms());
-    rooms.then_with(|| met(a).cmp(&met(b)))
+    // The rows say it all, and lie nearer than the pages.
+    let gpus = a.row().gpus.cmp(&b.row().gpus);
+    gpus.then_with(|| hands.compare(a.node.labels(), b.node.labels()))
 }
 
 /// The order of nodes in the same state.
@@ -292,17 +291,22 @@ fn look(row: &Row, want: &Want, packing: Packing) -> Option<Key> {
 }
 
 /// What filter answers from.
-#[derive(Debug)]
 pub struct Survey<'n> {
     /// The nodes in the order in which they were given; `None` for one that nobody knows.
     pub nodes: Vec<Option<&'n NodeState>>,
     /// Whether the pod fits there.
     pub fits: Vec<bool>,
-    /// Positions of those that rank would look at.
-    pub listed: Vec<usize>,
+    /// Those that rank would look at.
+    listed: Vec<Listed<'n>>,
 }
 
 impl Survey<'_> {
+    /// Orders them as [`rank`](super::rank()) would have done.
+    #[must_use]
+    pub fn ranking(self, want: &Want, judge: Judge<'_>) -> Ranking {
+        order(self.listed.into_iter(), want, judge, self.fits.len())
+    }
+
     /// How many nodes have room.
     #[must_use]
     pub fn fitting(&self) -> usize {
@@ -317,24 +321,6 @@ impl Survey<'_> {
             (Some((node, _)), None) => *node,
             _ => None,
         }
-    }
-
-    /// Positions of at least so many nodes with room, as far as there are: those that rank would look at, and others as
-    /// they come. In the order in which they were given.
-    #[must_use]
-    pub fn best(&self, at_least: usize) -> Vec<usize> {
-        let mut best = vec![false; self.fits.len()];
-        for position in &self.listed {
-            best[*position] = true;
-        }
-        let mut missing = at_least.saturating_sub(self.listed.len());
-        for (best, fits) in best.iter_mut().zip(&self.fits) {
-            if missing > 0 && *fits && !*best {
-                *best = true;
-                missing -= 1;
-            }
-        }
-        (0..best.len()).filter(|position| best[*position]).collect()
     }
 }
 
@@ -363,6 +349,6 @@ pub fn survey<'n, 'a>(
     Survey {
         fits: fits.collect(),
         nodes: found.iter().map(|node| node.map(|(_, page)| page)).collect(),
-        listed: shortlist.listed().map(|listed| listed.position).collect(),
+        listed: shortlist.listed().collect(),
     }
 }

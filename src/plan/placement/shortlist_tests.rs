@@ -60,9 +60,9 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
     #[test]
-    fn what_filter_names_is_ranked_as_all_would_be(
+    fn what_is_asked_by_name_is_ranked_as_the_nodes_would_be(
         shapes in prop::collection::vec(shape(), 1..60), wants in prop::collection::vec(want(), 1..20),
-        packing in packing(), at_least in 0usize..40,
+        packing in packing(),
     ) {
         replay(&shapes, &wants, packing, |ledger, want, judge, _| {
             let mut ledger = ledger.clone();
@@ -70,16 +70,14 @@ proptest! {
             let judge = Judge { images: &[Image::named("model")], ..judge };
             let all = names(&ledger);
             let asker = PodUid::from("asker");
-            let survey = survey(&ledger, all.iter().map(NodeName::as_str), want, &asker, judge);
-            let best = survey.best(at_least);
-            prop_assert!(best.len() >= at_least.min(survey.fitting()));
-            prop_assert!(best.is_sorted());
-            prop_assert!(best.iter().all(|position| survey.fits[*position]));
-            let few: Vec<NodeName> = best.iter().map(|position| all[*position].clone()).collect();
-            prop_assert_eq!(
-                named(&ranked(&ledger, &few, want, Some(&asker), judge), &few),
-                named(&ranked(&ledger, &all, want, Some(&asker), judge), &all)
-            );
+            let asked = ["unknown"].into_iter().chain(all.iter().map(NodeName::as_str));
+            let ranking = survey(&ledger, asked, want, &asker, judge).ranking(want, judge);
+            let mut with_unknown = vec![NodeName::from("unknown")];
+            with_unknown.extend(all.iter().cloned());
+            let plain = ranked(&ledger, &all, want, Some(&asker), judge);
+            prop_assert_eq!(named(&ranking, &with_unknown), named(&plain, &all));
+            prop_assert_eq!(ranking.scores()[0], 0);
+            prop_assert_eq!(&ranking.scores_of_equals()[1..], &plain.scores_of_equals()[..]);
             Ok(())
         })?;
     }
