@@ -75,10 +75,10 @@ const AT_LEAST_EVERY: Duration = Duration::from_secs(30);
 const AT_MOST_EVERY: Duration = Duration::from_millis(2);
 
 /// A pass that kept the processor longer than this is followed by a pause of [`PAUSE`] times the rest.
-const CHEAP: Duration = Duration::from_millis(5);
+const CHEAP: Duration = Duration::from_micros(500);
 /// On a large cluster in a burst of changes, passes back to back would take the processor from those who answer the
-/// scheduler. So one reconciler gets about a tenth of one.
-const PAUSE: u32 = 10;
+/// scheduler. So one reconciler gets about a twentieth of one.
+const PAUSE: u32 = 20;
 /// The longest such pause.
 const LONGEST_REST: Duration = Duration::from_secs(1);
 
@@ -253,8 +253,8 @@ mod tests {
 
     #[test]
     fn only_an_expensive_pass_is_followed_by_a_rest_and_never_by_a_long_one() {
-        assert_eq!(rest(Duration::from_millis(4)), Duration::ZERO);
-        assert_eq!(rest(Duration::from_millis(25)), Duration::from_millis(200));
+        assert_eq!(rest(Duration::from_micros(400)), Duration::ZERO);
+        assert_eq!(rest(Duration::from_micros(10_500)), Duration::from_millis(200));
         assert_eq!(rest(Duration::from_secs(9)), LONGEST_REST);
     }
 

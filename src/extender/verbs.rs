@@ -128,17 +128,19 @@ fn filter(desk: Desk<'_>, body: &[u8]) -> Answer {
         ledger.expire(desk.now_ms);
         let names = candidates.names.iter().map(|name| &**name);
         let survey = placement::survey(ledger, names, &want, &uid, judge);
-        let outcome = if first && !pod.prefers() && survey.fitting() > 0 {
-            None
-        } else {
-            Some(Outcome::all(&survey, &request, &uid))
+        // It has a place, and nobody asks why it is not another.
+        let placed = first && survey.fitting() > 0;
+        let outcome = match (placed, pod.prefers()) {
+            (false, _) => Some(Outcome::all(&survey, &request, &uid)),
+            (true, true) => Some(Outcome::Named(survey.positions().collect())),
+            (true, false) => None,
         };
         // The scheduler asks nobody to prioritize a single node.
         let won = match (&outcome, survey.only()) {
             (Some(_), None) => None,
             _ => survey.ranking(&want, judge).order.into_iter().next(),
         };
-        let outcome = outcome.unwrap_or_else(|| Outcome::Best(won.iter().map(|(best, _)| *best).collect()));
+        let outcome = outcome.unwrap_or_else(|| Outcome::Named(won.iter().map(|(best, _)| *best).collect()));
         if let Some((best, choice)) = won {
             let node = NodeName::from(&*candidates.names[best]);
             ledger.hold(&node, entry(&pod, &uid, &want, &request, choice), desk.reserved());
@@ -155,11 +157,11 @@ fn filter(desk: Desk<'_>, body: &[u8]) -> Answer {
 
 /// Which nodes pass.
 enum Outcome {
-    /// The best, by position, and no other: nothing is said of the others, and kube-scheduler asks nothing of them. It
-    /// scores no nodes then, and asks nobody to. A pod that prefers some nodes to others has them all, and so has one that
-    /// comes back: somebody else does not want it there.
-    Best(Vec<usize>),
-    /// All that have room, and why the others have none.
+    /// These, by position, and nothing is said of the others. Mostly the best alone: kube-scheduler scores no nodes then,
+    /// and asks nobody to. A pod that prefers some nodes to others has the choice among all that have room.
+    Named(Vec<usize>),
+    /// All that have room, and why the others have none: for a pod that has no place, or comes again, since somebody else
+    /// did not want it where it was to go.
     All(Vec<Result<(), NodeRefusal>>),
 }
 
@@ -180,15 +182,15 @@ impl Outcome {
 
     fn fits_anywhere(&self) -> bool {
         match self {
-            Outcome::Best(best) => !best.is_empty(),
+            Outcome::Named(named) => !named.is_empty(),
             Outcome::All(fits) => fits.iter().any(Result::is_ok),
         }
     }
 
     fn answer(self, mut candidates: Candidates<'_>, now_ms: u64) -> Answer {
         let fits = match self {
-            Outcome::Best(best) => {
-                candidates.keep(&best);
+            Outcome::Named(named) => {
+                candidates.keep(&named);
                 return serde_json::to_vec(&passing(&candidates, |_| true));
             }
             Outcome::All(fits) => fits,

@@ -313,6 +313,12 @@ impl Survey<'_> {
         self.fits.iter().filter(|fits| **fits).count()
     }
 
+    /// Positions of the nodes that have room.
+    pub fn positions(&self) -> impl Iterator<Item = usize> {
+        let fits = self.fits.iter().enumerate();
+        fits.filter(|(_, fits)| **fits).map(|(position, _)| position)
+    }
+
     /// The node with room, if it is the only one.
     #[must_use]
     pub fn only(&self) -> Option<&NodeState> {
