@@ -44,8 +44,8 @@ pub const GPU_MEMORY_BYTES: &str = "ebb.dev/gpu-memory-bytes";
 /// of 81,559 MiB shows programs 81,008). That is what vLLM's `--gpu-memory-utilization` multiplies. 4 decimals, rounded
 /// down.
 pub const GPU_MEMORY_SHARE: &str = "ebb.dev/gpu-memory-share";
-/// The term of the latest leader that found the pod unbound. Nobody reads it: writing it is what keeps Bindings of earlier
-/// leaders out.
+/// The term of the latest leader that found the pod unbound. Writing it is what keeps Bindings of earlier leaders out; read
+/// only to leave out pods that a candidate has marked already.
 pub const TERM: &str = "ebb.dev/term";
 
 // On a Service.

@@ -182,6 +182,7 @@ pub async fn run(args: Args, shutdown: CancellationToken) -> anyhow::Result<()> 
     tokio::spawn(agents::follow(context.clone(), end.clone()));
     let extender_metrics = extender::Metrics::new(&mut registry);
     let extender = extender(&args, &context, &certificates, extender_metrics);
+    tokio::spawn(extender::mark_vacancies(extender.clone(), end.clone()));
     let routers = Routers {
         webhook: webhook::router(webhook::Context {
             view: context.view.clone(),

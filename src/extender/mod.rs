@@ -55,6 +55,7 @@ use crate::serve::forward::Forwarder;
 use crate::serve::lease::Leadership;
 pub use metrics::Metrics;
 pub use refused::Refused;
+pub use term_mark::mark_vacancies;
 pub use verbs::{Desk, Verb};
 
 /// Largest body taken: 5,000 whole nodes of 3 KiB and a pod of a megabyte fit.
@@ -140,6 +141,15 @@ impl std::ops::Deref for Extender {
 }
 
 impl Extender {
+    /// Waits until this leader has caught up with the ones before, for a while.
+    pub async fn caught_up(&self) {
+        if let Some(term) = self.leadership.term_now() {
+            let mut caught_up = self.caught_up.subscribe();
+            let known = async { caught_up.wait_for(|known| *known >= term).await.is_ok() };
+            let _ = tokio::time::timeout(CATCHING_UP, known).await;
+        }
+    }
+
     /// An extender that has answered nothing yet.
     #[must_use]
     pub fn new(parts: Parts) -> Arc<Self> {
@@ -195,11 +205,7 @@ impl Extender {
     /// The same, once a leader that is still catching up has done so; that is waited for, for a while. Refusals would
     /// be written to every pod by the scheduler, at the very time at which the pods are marked.
     async fn decides_soon(&self) -> bool {
-        if let Some(term) = self.leadership.term_now() {
-            let mut caught_up = self.caught_up.subscribe();
-            let known = async { caught_up.wait_for(|known| *known >= term).await.is_ok() };
-            let _ = tokio::time::timeout(CATCHING_UP, known).await;
-        }
+        self.caught_up().await;
         self.decides()
     }
 }
@@ -267,6 +273,7 @@ async fn catch_up(extender: &Extender, term: u64) -> Result<(), CallError> {
     let pods: Api<Pod> = Api::all(extender.client.clone());
     let ours = format!("spec.schedulerName={}", names::SCHEDULER);
     let mut page = ListParams::default().fields(&ours).limit(PAGE);
+    let taken = extender.leadership.vacancy().borrow().clone();
     let mut marked = 0;
     loop {
         let list = limited(pods.list(&page)).await?;
@@ -279,7 +286,7 @@ async fn catch_up(extender: &Extender, term: u64) -> Result<(), CallError> {
                 extender.mix.lock().recall(&ledger_feed::pod_uid(pod), &want);
             }
         }
-        marked += term_mark::mark(extender, list.items, term).await?;
+        marked += term_mark::mark(extender, list.items, term, taken.as_ref()).await?;
         match list.metadata.continue_.filter(|token| !token.is_empty()) {
             Some(token) => page = page.continue_token(&token),
             None => break,

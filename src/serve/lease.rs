@@ -19,7 +19,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::election::{Election, Record, Step};
-pub use self::election::{Holder, Times};
+pub use self::election::{Holder, Times, Vacancy};
 use crate::api::names;
 
 /// Whether this process leads, and if not, who does.
@@ -67,6 +67,7 @@ impl Metrics {
 #[derive(Clone)]
 pub struct Leadership {
     state: watch::Receiver<LeaderState>,
+    vacancy: watch::Receiver<Option<Vacancy>>,
     leading: Arc<Mutex<Option<(u64, Instant)>>>,
 }
 
@@ -84,8 +85,10 @@ impl Leadership {
         stop: CancellationToken,
     ) -> (Self, JoinHandle<()>) {
         let (sender, state) = watch::channel(LeaderState::Following { leader: None });
+        let (vacancies, vacancy) = watch::channel(None);
         let this = Self {
             state,
+            vacancy,
             leading: Arc::default(),
         };
         let runner = Runner {
@@ -95,6 +98,7 @@ impl Leadership {
             times,
             metrics,
             sender,
+            vacancies,
             leading: this.leading.clone(),
         };
         (this, tokio::spawn(runner.run(stop)))
@@ -110,6 +114,7 @@ impl Leadership {
         };
         Self {
             state: watch::channel(state).1,
+            vacancy: watch::channel(None).1,
             leading: Arc::new(Mutex::new(leading)),
         }
     }
@@ -118,6 +123,12 @@ impl Leadership {
     #[must_use]
     pub fn state(&self) -> watch::Receiver<LeaderState> {
         self.state.clone()
+    }
+
+    /// The vacancy that begins next if the leader is not heard of; once this process leads, the one that it took over.
+    #[must_use]
+    pub fn vacancy(&self) -> watch::Receiver<Option<Vacancy>> {
+        self.vacancy.clone()
     }
 
     /// The term, if this process leads at this very moment. Ask right before a write that only a leader may make: unlike
@@ -147,6 +158,7 @@ struct Runner {
     times: Times,
     metrics: Metrics,
     sender: watch::Sender<LeaderState>,
+    vacancies: watch::Sender<Option<Vacancy>>,
     leading: Arc<Mutex<Option<(u64, Instant)>>>,
 }
 
@@ -256,6 +268,13 @@ impl Runner {
     fn publish(&self) {
         let leading = self.election.leading(Instant::now());
         *self.leading.lock() = leading;
+        // Before the state: who begins to lead looks at what was taken over.
+        let vacancy = self.election.vacancy();
+        self.vacancies.send_if_modified(|known| {
+            let moved = *known != vacancy;
+            *known = vacancy;
+            moved
+        });
         let next = match leading {
             Some((term, _)) => LeaderState::Leading { term },
             None => LeaderState::Following {

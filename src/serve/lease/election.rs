@@ -7,8 +7,11 @@
 //! ```text
 //! leader    │ sends renewal ──────── deadline 3.5 s: stops leading by itself
 //! API       │    └─ written
-//! candidate │         └─ sees it ─────────────────── duration 5 s: may take it
+//! candidate │         └─ sees it ──── 3.5 s: vacant ── duration 5 s: may take it
 //! ```
+//!
+//! Between the two the candidate cannot lead yet, but knows that nobody else does, if that record stands until it is
+//! taken over: a [`Vacancy`].
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -95,6 +98,16 @@ pub enum Step {
     Wait,
 }
 
+/// From some moment on nobody decides, if the record that was seen stands until it is taken over: whoever wrote it has
+/// stopped by itself. Vacancies after the same record are the same one, whichever candidate waits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Vacancy {
+    /// Text that no other vacancy has. Only what was written after [`Vacancy::from`] may carry it.
+    pub mark: String,
+    /// When it begins, on this machine's clock.
+    pub from: Instant,
+}
+
 /// What this process knows.
 #[derive(Clone, Debug)]
 pub struct Election {
@@ -102,6 +115,8 @@ pub struct Election {
     times: Times,
     seen: Option<(Record, Instant)>,
     leading: Option<Led>,
+    /// What the last term began with.
+    taken: Option<Vacancy>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -119,6 +134,7 @@ impl Election {
             times,
             seen: None,
             leading: None,
+            taken: None,
         }
     }
 
@@ -135,6 +151,20 @@ impl Election {
     pub fn holder(&self) -> Option<Holder> {
         let (record, _) = self.seen.as_ref()?;
         (record.holder != self.me).then(|| record.holder.parse().ok())?
+    }
+
+    /// The vacancy that begins if the record is not renewed; while leading, the one that was taken over.
+    #[must_use]
+    pub fn vacancy(&self) -> Option<Vacancy> {
+        if self.leading.is_some() {
+            return self.taken.clone();
+        }
+        let (record, since) = self.seen.as_ref()?;
+        // Nobody's may be taken at once, and of our own name nothing is known but from before a restart.
+        (!record.holder.is_empty() && record.holder != self.me).then(|| Vacancy {
+            mark: format!("{} after {}", record.transitions + 1, record.renewed),
+            from: *since + self.times.deadline,
+        })
     }
 
     /// The Lease was read (`None`: there is none), and the answer arrived at `now`.
@@ -162,6 +192,10 @@ impl Election {
 
     /// The write of [`Step::Write`] was answered with success. It was sent at `sent`.
     pub fn written(&mut self, record: Record, sent: Instant, now: Instant) {
+        if self.leading.is_none_or(|led| led.term != record.transitions) {
+            self.leading = None;
+            self.taken = self.vacancy();
+        }
         self.leading = Some(Led {
             term: record.transitions,
             until: sent + self.times.deadline,
@@ -210,6 +244,60 @@ mod tests {
         assert_eq!(election.holder(), Some(holder(1)));
     }
 
+    fn of(n: usize, renewed: u64, transitions: u64) -> Record {
+        Record {
+            holder: holder(n).to_string(),
+            renewed: renewed.to_string(),
+            transitions,
+        }
+    }
+
+    #[test]
+    fn a_vacancy_is_taken_over_only_after_the_very_record_it_began_with() {
+        let (times, start) = (Times::default(), Instant::now());
+        let mut election = Election::new(&holder(0), times);
+        assert_eq!(election.vacancy(), None);
+        election.observe(Some(of(1, 0, 4)), start);
+        let first = election.vacancy().unwrap();
+        assert_eq!(first.from, start + times.deadline);
+        // Seen again, it still began when it was seen first.
+        election.observe(Some(of(1, 0, 4)), start + times.poll);
+        assert_eq!(election.vacancy(), Some(first.clone()));
+        // Renewed at the last moment: nothing that was done before counts.
+        let renewed = start + times.deadline;
+        election.observe(Some(of(1, 1, 4)), renewed);
+        let second = election.vacancy().unwrap();
+        assert_ne!(second.mark, first.mark);
+        assert_eq!(second.from, renewed + times.deadline);
+        let taken = renewed + times.duration;
+        assert_eq!(
+            election.observe(Some(of(1, 1, 4)), taken),
+            Step::Write { term: 5 }
+        );
+        election.written(of(0, 2, 5), taken, taken);
+        assert_eq!(election.vacancy(), Some(second.clone()));
+        // The term goes on with what it began with; a term after our own has none.
+        election.written(of(0, 3, 5), taken, taken);
+        assert_eq!(election.vacancy(), Some(second));
+        let late = taken + times.duration;
+        assert_eq!(election.observe(Some(of(0, 3, 5)), late), Step::Write { term: 6 });
+        election.written(of(0, 4, 6), late, late);
+        assert_eq!(election.vacancy(), None);
+    }
+
+    #[test]
+    fn a_lease_that_was_given_back_is_taken_without_a_vacancy() {
+        let (mut election, now) = (Election::new(&holder(0), Times::default()), Instant::now());
+        let free = Record {
+            holder: String::new(),
+            ..of(1, 0, 4)
+        };
+        assert_eq!(election.observe(Some(free), now), Step::Write { term: 5 });
+        assert_eq!(election.vacancy(), None);
+        election.written(of(0, 1, 5), now, now);
+        assert_eq!(election.vacancy(), None);
+    }
+
     /// What can happen between two candidates and the API server, in any order.
     #[derive(Clone, Debug)]
     enum Event {
@@ -247,8 +335,8 @@ mod tests {
     }
 
     proptest! {
-        /// However reads, writes and answers are ordered and delayed, no two lead at the same time, and no term is
-        /// led by two.
+        /// However reads, writes and answers are ordered and delayed, no two lead at the same time, no term is led by
+        /// two, and whoever took over a vacancy is the first to lead since it began for any candidate.
         #[test]
         fn race_never_two_leaders(events in events()) {
             let times = Times::default();
@@ -257,6 +345,8 @@ mod tests {
             let mut candidates = vec![Candidate::default(); 3];
             let (mut version, mut lease, mut renewals) = (0u64, None::<Record>, 0u64);
             let mut led: std::collections::BTreeMap<u64, usize> = std::collections::BTreeMap::new();
+            let mut last_led: Option<(Instant, u64)> = None;
+            let mut begun: std::collections::BTreeMap<String, Instant> = std::collections::BTreeMap::new();
             for event in events {
                 match event {
                     Event::Pass(millis) => now += Duration::from_millis(millis),
@@ -302,8 +392,18 @@ mod tests {
                     .filter_map(|(n, e)| e.leading(now).map(|(term, _)| (n, term)))
                     .collect();
                 prop_assert!(leaders.len() <= 1, "{leaders:?}");
+                for vacancy in elections.iter().filter_map(Election::vacancy) {
+                    let first = begun.entry(vacancy.mark).or_insert(vacancy.from);
+                    *first = vacancy.from.min(*first);
+                }
                 for (n, term) in leaders {
                     prop_assert_eq!(*led.entry(term).or_insert(n), n);
+                    if let (Some(taken), Some((last, of))) = (elections[n].vacancy(), last_led)
+                        && of != term
+                    {
+                        prop_assert!(last < begun[&taken.mark], "term {of} was led within the vacancy");
+                    }
+                    last_led = Some((now, term));
                 }
             }
         }
