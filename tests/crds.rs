@@ -157,10 +157,46 @@ spec: {}
         .unwrap()
         .success()
         .unwrap();
+    refuses_figures_that_nobody_could_read(&cluster).await;
     let table = cluster.kubectl(&["get", "gn"]).await.unwrap().stdout;
     assert!(
         table.contains("NVIDIA H200") && table.contains("570.1"),
         "{table}"
     );
     cluster.down().await;
+}
+
+/// One status that the controller cannot read would break its watch over the GPUs of all nodes.
+async fn refuses_figures_that_nobody_could_read(cluster: &Cluster) {
+    let gpu = |field: &str, value: &str| {
+        let mut gpu = serde_json::json!({"uuid": "GPU-1", "index": 0, "name": "NVIDIA H200", "memoryTotal": 1,
+            "memoryReserved": 0, "memoryUsed": 0, "healthy": true});
+        gpu[field] = serde_json::from_str(value).unwrap();
+        serde_json::json!({"status": {"gpus": [gpu]}}).to_string()
+    };
+    for (what, status) in [
+        ("index", gpu("index", "5000000000")),
+        ("memoryTotal", gpu("memoryTotal", "-1")),
+        ("memoryTotal", gpu("memoryTotal", "1e30")),
+        ("memoryReserved", gpu("memoryReserved", "-1")),
+        ("memoryUsed", gpu("memoryUsed", "-1")),
+        ("memoryForeign", gpu("memoryForeign", "-1")),
+        ("memoryUsed", gpu("pods", r#"[{"uid": "u", "memoryUsed": -1}]"#)),
+        ("count", r#"{"status":{"count":5000000000}}"#.to_owned()),
+    ] {
+        let patched = cluster
+            .kubectl(&[
+                "patch",
+                "gn",
+                "node-a",
+                "--subresource=status",
+                "--type=merge",
+                "-p",
+                &status,
+            ])
+            .await
+            .unwrap();
+        assert!(!patched.status.success(), "{status} was taken");
+        assert!(patched.stderr.contains(what), "{status}: {}", patched.stderr);
+    }
 }

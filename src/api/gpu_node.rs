@@ -7,6 +7,10 @@ use serde::{Deserialize, Serialize};
 
 use super::units::{Bytes, GpuId, PodUid};
 
+// One status with a figure that cannot be read would break the watch over all of them. No machine comes near these.
+const MOST_GPUS: u32 = 1 << 16;
+const MOST_BYTES: i64 = 1 << 50;
+
 /// The GPUs of one node. Written by `ebb agent`, named like its Node, and gone with it.
 #[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(
@@ -32,6 +36,7 @@ pub struct GpuNodeStatus {
     /// Version of the NVIDIA driver.
     pub driver_version: String,
     /// Number of GPUs; a MIG instance counts as one, and the card that it is a part of does not.
+    #[schemars(range(max = MOST_GPUS))]
     pub count: u32,
     /// The Lease in Ebb's namespace that the agent renews while this status is true. When it stops, new pods go to
     /// other nodes. Absent: nobody renews one, and this is believed for ever.
@@ -54,23 +59,24 @@ pub struct Gpu {
     #[schemars(with = "String")]
     pub uuid: GpuId,
     /// Index on the node; a MIG instance has its card's.
+    #[schemars(range(max = MOST_GPUS))]
     pub index: u32,
     /// The card's name, as `NVIDIA L4`; a MIG instance's ends with its profile.
     pub name: String,
     /// Its memory, in bytes.
-    #[schemars(with = "i64")]
+    #[schemars(with = "i64", range(min = 0, max = MOST_BYTES))]
     pub memory_total: Bytes,
     /// Memory that the driver keeps for itself, in bytes; no pod can have it.
-    #[schemars(with = "i64")]
+    #[schemars(with = "i64", range(min = 0, max = MOST_BYTES))]
     pub memory_reserved: Bytes,
     /// Memory in use by processes, in bytes. Absent: NVML could not say; that is not zero.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "Option<i64>")]
+    #[schemars(with = "Option<i64>", range(min = 0, max = MOST_BYTES))]
     pub memory_used: Option<Bytes>,
     /// What of that is no pod's, in bytes. Absent: NVML cannot say how much each process has, or whose one is; that
     /// is not zero.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "Option<i64>")]
+    #[schemars(with = "Option<i64>", range(min = 0, max = MOST_BYTES))]
     pub memory_foreign: Option<Bytes>,
     /// Pods that have processes on it, found by the processes' cgroups.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -92,7 +98,7 @@ pub struct PodOnGpu {
     pub uid: PodUid,
     /// What its processes use together, in bytes. Absent: NVML cannot say for all of them; that is not zero.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "Option<i64>")]
+    #[schemars(with = "Option<i64>", range(min = 0, max = MOST_BYTES))]
     pub memory_used: Option<Bytes>,
 }
 

@@ -25,7 +25,7 @@ pub fn is_finished(pod: &Pod) -> bool {
 }
 
 /// How far the start of a bound pod is. A pod that is not Ready loads, unless it turned so while its container ran: then
-/// it has loaded, and is only busy or unwell. A container that ended loads again.
+/// it has loaded, and is only busy or unwell. A container that ended loads again, but not while it is made to wait.
 #[must_use]
 pub fn start(pod: &Pod) -> Start {
     let ready = condition(pod, "Ready");
@@ -44,9 +44,22 @@ pub fn start(pod: &Pod) -> Start {
     if runs_since.is_some() && millis(runs_since) < unready_ms {
         return Start::Over;
     }
+    // In its back-off it does not load. One that turns Ready between its crashes would close its GPU for ever.
+    let crashes_on = backs_off_since(container).is_some_and(|ended_ms| ended_ms <= unready_ms);
     Start::Loading {
-        since_ms: bound_ms.max(unready_ms),
+        since_ms: if crashes_on {
+            bound_ms
+        } else {
+            bound_ms.max(unready_ms)
+        },
     }
+}
+
+/// When the container ended last, if the kubelet makes it wait because it does so again and again.
+fn backs_off_since(container: &ContainerStatus) -> Option<u64> {
+    let waiting = container.state.as_ref()?.waiting.as_ref()?;
+    let ended = container.last_state.as_ref()?.terminated.as_ref()?;
+    (waiting.reason.as_deref() == Some("CrashLoopBackOff")).then(|| millis(ended.finished_at.as_ref()))
 }
 
 /// The status of the container that asks for GPU memory.
@@ -158,6 +171,17 @@ mod tests {
         let back_off = json!({"waiting": {"reason": "CrashLoopBackOff"}});
         let never_ready = pod(Some(("False", 2)), back_off, ended(30));
         assert_eq!(start(&never_ready), Start::Loading { since_ms: ms(2) });
+    }
+
+    #[test]
+    fn one_that_crashes_again_and_again_has_one_limit_in_all() {
+        // Ready as soon as it runs, as one without a readiness probe is, so each crash makes it NotReady anew.
+        let back_off = json!({"waiting": {"reason": "CrashLoopBackOff"}});
+        let waits = pod(Some(("False", 40)), back_off, ended(40));
+        assert_eq!(start(&waits), Start::Loading { since_ms: ms(1) });
+        // Its next try is a start as any.
+        let again = pod(Some(("False", 40)), running(50), ended(40));
+        assert_eq!(start(&again), Start::Loading { since_ms: ms(40) });
     }
 
     #[test]

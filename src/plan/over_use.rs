@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use super::ledger::{Entry, NodeState};
+use super::ledger::{Claim, Entry, NodeState};
+use crate::api::gpu_request::Sharing;
 use crate::api::scale_policy::OverUse;
 use crate::api::units::Bytes;
 
@@ -22,15 +23,27 @@ pub struct Excess {
     pub declared: Bytes,
 }
 
-/// What a pod that Ebb bound uses, as its node's last reading tells; `None` where that tells nothing of it.
+/// What a pod that Ebb bound uses, as its node's last reading tells; `None` where that tells nothing of it, or is not
+/// believed any more. A card that the pod has to itself is promised to nobody else, so it may use all of it.
 #[must_use]
 pub fn look(node: &NodeState, entry: &Entry) -> Option<Use> {
-    let declared = entry.claim.bytes_per_gpu;
-    entry.claim.gpus.as_ref()?;
-    let worst = node.used_by(&entry.uid).max_by_key(|(_, used)| *used)?;
-    Some(match worst {
-        (gpu, used) if used > declared.saturating_add(TOLERANCE) => Use::Over(Excess { gpu, used, declared }),
-        _ => Use::Within,
+    let Claim {
+        gpus,
+        bytes_per_gpu: declared,
+        sharing,
+    } = &entry.claim;
+    let own = gpus.as_ref().filter(|_| node.is_told())?;
+    let (gpu, used) = node
+        .used_by(&entry.uid)
+        .map(|(gpu, used)| match sharing {
+            Sharing::Exclusive if own.contains(&gpu.id) => (gpu.index, used.min(*declared)),
+            Sharing::Exclusive | Sharing::Shared => (gpu.index, used),
+        })
+        .max_by_key(|(_, used)| *used)?;
+    let declared = *declared;
+    Some(match used > declared.saturating_add(TOLERANCE) {
+        true => Use::Over(Excess { gpu, used, declared }),
+        false => Use::Within,
     })
 }
 
@@ -104,8 +117,83 @@ pub fn decide(facts: &Facts<'_>) -> Decision {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::ledger::{Event, GpuFacts, Inventory, Ledger, NodeFacts, PodFacts, Start};
+    use std::sync::Arc;
 
     const GIB: u64 = 1 << 30;
+
+    /// What is seen of a pod that declared 18 GiB of the first of two cards, and uses so much of each.
+    fn seen(sharing: Sharing, used: [u64; 2], silent: Option<Arc<str>>) -> Option<Use> {
+        let gpu = |index: u32| GpuFacts {
+            id: format!("GPU-{index}").as_str().into(),
+            index,
+            usable: Bytes(24 * GIB),
+            used: None,
+            foreign: None,
+            used_by: [("p".into(), Bytes(used[index as usize] * GIB))].into(),
+            closed: None,
+        };
+        let entry = Entry {
+            uid: "p".into(),
+            namespace: "models".into(),
+            name: "p".into(),
+            host: Default::default(),
+            claim: Claim {
+                gpus: Some(vec!["GPU-0".into()]),
+                bytes_per_gpu: Bytes(18 * GIB),
+                sharing,
+            },
+        };
+        let ledger = Ledger::rebuild([
+            Event::Node(NodeFacts {
+                name: "n".into(),
+                fence: None,
+                allocatable: None,
+                labels: Arc::default(),
+                images: Default::default(),
+            }),
+            Event::Inventory(Inventory {
+                node: "n".into(),
+                closed: None,
+                gpus: vec![gpu(0), gpu(1)],
+            }),
+            Event::Agent {
+                node: "n".into(),
+                silent,
+            },
+            Event::Pod(PodFacts {
+                entry: entry.clone(),
+                node: Some("n".into()),
+                finished: false,
+                start: Start::Over,
+            }),
+        ]);
+        look(ledger.node("n")?, &entry)
+    }
+
+    fn over(gpu: u32, used: u64) -> Option<Use> {
+        Some(Use::Over(Excess {
+            gpu,
+            used: Bytes(used * GIB),
+            declared: Bytes(18 * GIB),
+        }))
+    }
+
+    #[test]
+    fn a_pod_that_has_the_card_to_itself_may_use_all_of_it() {
+        assert_eq!(seen(Sharing::Shared, [23, 0], None), over(0, 23));
+        assert_eq!(seen(Sharing::Exclusive, [23, 0], None), Some(Use::Within));
+        assert_eq!(
+            seen(Sharing::Exclusive, [23, 19], None),
+            over(1, 19),
+            "that one is not its own"
+        );
+    }
+
+    #[test]
+    fn adversarial_the_last_word_of_a_silent_agent_has_nobody_evicted() {
+        assert_eq!(seen(Sharing::Shared, [23, 0], Some("silent".into())), None);
+    }
 
     fn facts<'a>(lasts: u64, policy: Option<(OverUse, &'a str)>) -> Facts<'a> {
         Facts {

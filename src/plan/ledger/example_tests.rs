@@ -8,17 +8,18 @@ use super::*;
 use crate::api::gpu_request::Sharing;
 use crate::api::units::Bytes;
 
+fn one_node() -> Event {
+    Event::Node(NodeFacts {
+        name: name(0),
+        fence: None,
+        allocatable: None,
+        labels: Arc::default(),
+        images: Default::default(),
+    })
+}
+
 fn one_gpu(used: Option<u64>) -> Ledger {
-    Ledger::rebuild([
-        Event::Node(NodeFacts {
-            name: name(0),
-            fence: None,
-            allocatable: None,
-            labels: Arc::default(),
-            images: Default::default(),
-        }),
-        inventory(used),
-    ])
+    Ledger::rebuild([one_node(), inventory(used)])
 }
 
 fn inventory(used: Option<u64>) -> Event {
@@ -221,4 +222,34 @@ fn adversarial_a_pod_that_uses_a_card_it_was_not_given() {
     reading.gpus[0].used_by = BTreeMap::from([(uid(0), Bytes(2)), (uid(1), Bytes(3))]);
     ledger.apply(Event::Inventory(reading));
     assert_eq!(free(&ledger), 24 - 10 - 3);
+}
+
+#[test]
+fn adversarial_a_node_whose_clock_is_ahead_closes_no_gpu_for_longer() {
+    const LIMIT_MS: u64 = 600_000;
+    let now_ms = 1_000_000;
+    let mut ledger = Ledger::new(Some(LIMIT_MS));
+    ledger.set_clock(now_ms);
+    let Event::Pod(facts) = bound(0, on_gpu(8)) else {
+        panic!("a pod")
+    };
+    let loads = Event::Pod(PodFacts {
+        // Its node's clock is a day ahead.
+        start: Start::Loading {
+            since_ms: now_ms + 86_400_000,
+        },
+        ..facts
+    });
+    for event in [one_node(), inventory(Some(0)), loads.clone()] {
+        ledger.apply(event);
+    }
+    let starting = |ledger: &Ledger| ledger.nodes().any(|node| node.gpus()[0].starting.is_some());
+    assert!(starting(&ledger));
+    let freed = ledger.freed();
+    ledger.set_clock(now_ms + LIMIT_MS / 2);
+    // Seen again, it has not begun anew.
+    ledger.apply(loads);
+    ledger.expire(now_ms + LIMIT_MS + starts::AHEAD_MS);
+    assert!(!starting(&ledger));
+    assert!(ledger.freed() > freed, "who waits is told");
 }

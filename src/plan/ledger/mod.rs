@@ -140,14 +140,15 @@ impl Ledger {
         }
         self.bound.insert(uid.clone(), name.clone());
         let now_ms = self.now_ms;
-        if let (Some(since_ms), Some(limit_ms)) = (facts.start.since_ms(), self.start_limit_ms) {
-            self.remind(since_ms.saturating_add(limit_ms), &name);
-        }
+        let mut ends_ms = None;
         self.change(&name, |node| {
             node.pods.insert(uid.clone(), facts.entry);
             node.holds.remove(&uid);
-            node.note_start(&uid, facts.start, now_ms);
+            ends_ms = node.note_start(&uid, facts.start, now_ms);
         });
+        if let Some(ends_ms) = ends_ms {
+            self.remind(ends_ms, &name);
+        }
         self.release(&uid);
     }
 

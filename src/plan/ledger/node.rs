@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::facts::{Entry, Fence, Inventory, NodeShape};
+use super::facts::{Entry, Fence, GpuFacts, Inventory, NodeShape};
 use super::images::Images;
 use super::remains::Remains;
 use super::row::Row;
@@ -181,10 +181,10 @@ impl NodeState {
         self.pods.values().filter(|entry| entry.claim.gpus.is_none())
     }
 
-    /// What a pod uses of each GPU, by index, as far as its agent tells.
-    pub fn used_by<'a>(&'a self, uid: &'a PodUid) -> impl Iterator<Item = (u32, Bytes)> + 'a {
+    /// What a pod uses of each GPU, as far as its agent tells.
+    pub fn used_by<'a>(&'a self, uid: &'a PodUid) -> impl Iterator<Item = (&'a GpuFacts, Bytes)> + 'a {
         let gpus = self.inventory.iter().flat_map(|inventory| &inventory.gpus);
-        gpus.filter_map(|gpu| Some((gpu.index, *gpu.used_by.get(uid)?)))
+        gpus.filter_map(|gpu| Some((gpu, *gpu.used_by.get(uid)?)))
     }
 
     /// Whether something is held on it for this pod.

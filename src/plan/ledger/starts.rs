@@ -12,11 +12,17 @@ use super::NodeState;
 use super::facts::{Claim, Entry, Start};
 use crate::api::units::{GpuId, PodUid};
 
+/// Times come from nodes too. What begins further ahead than clocks differ is not believed: it begins so soon at the
+/// latest.
+pub(super) const AHEAD_MS: u64 = 10_000;
+
 /// A start that goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Begun {
     /// How far it is.
     pub(super) start: Start,
+    /// When it began, as far as that is believed.
+    from_ms: u64,
     /// Whether it keeps others off.
     pub(super) counts: bool,
 }
@@ -59,22 +65,41 @@ fn about(ms: u64) -> String {
 }
 
 impl NodeState {
-    /// Enters how far the start of a bound pod is.
-    pub(super) fn note_start(&mut self, uid: &PodUid, start: Start, now_ms: u64) {
-        match start {
-            Start::Over => self.starts.remove(uid),
-            Start::Bound { .. } | Start::Loading { .. } => {
-                let counts = counts(start, self.start_limit_ms, now_ms);
-                self.starts.insert(uid.clone(), Begun { start, counts })
-            }
+    /// Enters how far the start of a bound pod is, and tells when it keeps nobody off any more.
+    pub(super) fn note_start(&mut self, uid: &PodUid, start: Start, now_ms: u64) -> Option<u64> {
+        let Some(since_ms) = start.since_ms() else {
+            self.starts.remove(uid);
+            return None;
         };
+        // Seen again, it has not begun anew.
+        let known = self
+            .starts
+            .get(uid)
+            .filter(|begun| begun.start.since_ms() == Some(since_ms));
+        // Before the clock is set, everything is ahead.
+        let latest_ms = match now_ms {
+            0 => u64::MAX,
+            now_ms => now_ms.saturating_add(AHEAD_MS),
+        };
+        let from_ms = known.map_or(since_ms.min(latest_ms), |begun| begun.from_ms);
+        let ends_ms = self
+            .start_limit_ms
+            .map(|limit_ms| from_ms.saturating_add(limit_ms));
+        let begun = Begun {
+            start,
+            from_ms,
+            counts: ends_ms.is_some_and(|ends_ms| ends_ms > now_ms),
+        };
+        self.starts.insert(uid.clone(), begun);
+        ends_ms
     }
 
     /// Starts that take too long keep nobody off any more.
     pub(super) fn expire_starts(&mut self, now_ms: u64) {
         let limit_ms = self.start_limit_ms;
         for begun in self.starts.values_mut() {
-            begun.counts = counts(begun.start, limit_ms, now_ms);
+            let ends_ms = limit_ms.map(|limit_ms| begun.from_ms.saturating_add(limit_ms));
+            begun.counts = ends_ms.is_some_and(|ends_ms| ends_ms > now_ms);
         }
     }
 
@@ -88,7 +113,7 @@ impl NodeState {
         let limit_ms = self.start_limit_ms?;
         let on = |claim: &Claim| claim.gpus.as_ref().is_none_or(|gpus| gpus.contains(gpu));
         let begun = self.starts.iter().filter(|(_, begun)| begun.counts);
-        let bound = begun.filter_map(|(uid, begun)| Some((self.pods.get(uid)?, begun.start.since_ms())));
+        let bound = begun.filter_map(|(uid, begun)| Some((self.pods.get(uid)?, Some(begun.from_ms))));
         let held = self.holds.values().map(|entry| (entry, None));
         held.chain(bound)
             .filter(|(entry, _): &(&Entry, _)| on(&entry.claim) && !absent(&entry.uid))
@@ -99,12 +124,5 @@ impl NodeState {
                 since_ms,
                 limit_ms,
             })
-    }
-}
-
-fn counts(start: Start, limit_ms: Option<u64>, now_ms: u64) -> bool {
-    match (start.since_ms(), limit_ms) {
-        (Some(since_ms), Some(limit_ms)) => since_ms.saturating_add(limit_ms) > now_ms,
-        _ => false,
     }
 }
