@@ -98,9 +98,14 @@ async fn mark_early(extender: &Extender, vacancy: &Vacancy) {
     // Candidates begin at different ends, and leave what the others have done.
     pods.sort_by_cached_key(|pod| RANDOM.hash_one(&pod.metadata.uid));
     let one = async |pod: Arc<Pod>| {
-        let now = extender.view.pods.get(&pod.namespace().unwrap_or_default(), &pod.name_any());
+        let now = extender
+            .view
+            .pods
+            .get(&pod.namespace().unwrap_or_default(), &pod.name_any());
         match now.filter(|now| !leads() && !carries(now, &vacancy.mark)) {
-            Some(_) => mark_one(extender, (*pod).clone(), &vacancy.mark).await.map(|()| 1),
+            Some(_) => mark_one(extender, (*pod).clone(), &vacancy.mark)
+                .await
+                .map(|()| 1),
             None => Ok(0),
         }
     };
@@ -116,7 +121,9 @@ async fn mark_early(extender: &Extender, vacancy: &Vacancy) {
 }
 
 fn carries(pod: &Pod, mark: &str) -> bool {
-    pod.annotations().get(annotations::TERM).is_some_and(|text| text == mark)
+    pod.annotations()
+        .get(annotations::TERM)
+        .is_some_and(|text| text == mark)
 }
 
 /// Whether the API server would take a Binding of it that takes GPU memory. It refuses one of a pod behind a scheduling
