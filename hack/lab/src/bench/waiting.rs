@@ -80,6 +80,13 @@ pub async fn run(rounds: u32, waiting: u32) -> anyhow::Result<Report> {
 
 async fn measure(site: &Site, rounds: u32, waiting: u32) -> anyhow::Result<Measured> {
     site.install_ebb().await?;
+    // No pod here becomes Ready, since nobody runs it, and none of them is to wait for that.
+    let together = "EBB_ONE_START_PER_GPU=false";
+    let controller = "deployment/ebb-controller";
+    site.kubectl(&["set", "env", controller, "-n", EBB, together])
+        .await?;
+    site.kubectl(&["rollout", "status", controller, "-n", EBB, "--timeout=60s"])
+        .await?;
     let models = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": MODELS}});
     site.apply(&models.to_string()).await?;
     // Two cards of 23.5 GiB: 13 GiB of each are taken.
