@@ -118,6 +118,11 @@ enum Bound {
 async fn told(extender: &Extender, args: &BindArgs) -> Result<Bound, BindError> {
     let started = Instant::now();
     let result = attempts(extender, args).await;
+    if result.is_err() {
+        // Whatever the failure was: no Binding is on its way any more that nobody knows of.
+        let uid = PodUid::from(args.uid.as_str());
+        extender.ledger.update(|ledger| ledger.release_posted(&uid));
+    }
     let (pod, node, ms) = (
         format!("{}/{}", args.namespace, args.pod),
         &args.node,

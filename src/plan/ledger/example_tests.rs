@@ -253,3 +253,21 @@ fn adversarial_a_node_whose_clock_is_ahead_closes_no_gpu_for_longer() {
     assert!(!starting(&ledger));
     assert!(ledger.freed() > freed, "who waits is told");
 }
+
+#[test]
+fn a_bind_that_failed_holds_nothing_and_one_in_doubt_does() {
+    let mut ledger = one_gpu(None);
+    ledger.hold(&name(0), entry(0, on_gpu(10)), Stage::Posted);
+    ledger.release_posted(&uid(0));
+    assert_eq!(free(&ledger), 24);
+    for stage in [
+        Stage::Doubtful { until_ms: 5 },
+        Stage::Reserved { until_ms: 5 },
+        Stage::Bound,
+    ] {
+        ledger.release(&uid(0));
+        ledger.hold(&name(0), entry(0, on_gpu(10)), stage);
+        ledger.release_posted(&uid(0));
+        assert_eq!(free(&ledger), 14, "{stage:?}");
+    }
+}

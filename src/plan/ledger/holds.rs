@@ -106,6 +106,17 @@ impl Ledger {
         }
     }
 
+    /// Ends a hold for a Binding that will not be sent again. One that may still arrive stays, and so does a reservation.
+    pub fn release_posted(&mut self, uid: &PodUid) {
+        if self
+            .holds
+            .get(uid)
+            .is_some_and(|hold| hold.stage == Stage::Posted)
+        {
+            self.release(uid);
+        }
+    }
+
     /// Ends all holds whose time is over.
     pub(super) fn expire_holds(&mut self, now_ms: u64) {
         self.release_where(|hold| hold.ends_ms().is_some_and(|end| end <= now_ms));
